@@ -1,0 +1,135 @@
+"""Run the test suite in every set-up that dbscope promises, each in an environment of its own.
+
+`make matrix` calls this with the Python of `.venv`, which has already run the suite once (`make test`); here follow the
+oldest SQLAlchemy, dbscope without its extras, and every other supported Python that this machine has. Prints a line
+per set-up and exits with 1 if one of them failed. Standard library only; environments live in `.venv-<set-up>`.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+UV = ROOT / ".venv" / "bin" / "uv"
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+TIME_LIMIT = 900.0  # seconds for one run of the suite: a deadlock must not hold up the machine that runs this
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """One environment: which Python, which locked requirements, and what goes on top of them."""
+
+    name: str
+    title: str
+    python: str
+    requirements: str = "dev.txt"
+    overlay: str | None = None
+    extras: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where its virtual environment lives."""
+        return ROOT / f".venv-{self.name}"
+
+    def prepare(self) -> Path:
+        """Return the environment's Python; built anew only when a lock, the packaging or the Python changed."""
+        locks = [ROOT / "requirements" / name for name in (self.requirements, self.overlay) if name]
+        ingredients = [file.read_bytes() for file in (*locks, ROOT / "pyproject.toml")]
+        key = hashlib.sha256(b"\0".join([self.python.encode(), *ingredients])).hexdigest()
+        python, stamp = self.folder / "bin" / "python", self.folder / "ready"
+        if stamp.is_file() and stamp.read_text() == key:
+            return python
+        uv("venv", "--clear", "--python", self.python, self.folder)
+        uv("pip", "sync", "--python", python, "--require-hashes", locks[0])
+        for overlay in locks[1:]:
+            uv("pip", "install", "--python", python, "--no-deps", "--require-hashes", "--requirements", overlay)
+        uv("pip", "install", "--python", python, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+        stamp.write_text(key)
+        return python
+
+    def run(self) -> tuple[bool, str]:
+        """Run the suite; return whether it passed, and what it printed."""
+        environment = os.environ | ({} if self.extras else {"DBSCOPE_NO_EXTRAS": "1"})
+        try:
+            done = captured([self.prepare(), "-m", "pytest", "-n", "logical"], env=environment, timeout=TIME_LIMIT)
+        except subprocess.CalledProcessError as failure:
+            return False, f"{failure.stdout}\ncould not prepare the environment: {failure}"
+        except subprocess.TimeoutExpired as failure:
+            printed = failure.stdout.decode(errors="replace") if isinstance(failure.stdout, bytes) else ""
+            return False, f"{printed}\nstopped: still running after {TIME_LIMIT:.0f} s"
+        return done.returncode == 0, done.stdout
+
+
+def captured(
+    command: list[str | Path], env: dict[str, str] | None = None, timeout: float | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command at the root of the project, with its output and errors in one text."""
+    return subprocess.run(
+        command, cwd=ROOT, env=env, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def uv(*arguments: str | Path) -> None:
+    """Call the uv of `.venv`; raise if it fails."""
+    captured([UV, *arguments, "--quiet"]).check_returncode()
+
+
+def candidates(version: str) -> Iterator[Path]:
+    """Yield the files that may be the Python asked for: those on the PATH, then pyenv's, newest first."""
+    for folder in os.get_exec_path():
+        yield Path(folder) / f"python{version}"
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    releases = [path for path in pyenv.glob(f"versions/{version}.*") if path.name.rpartition(".")[2].isdigit()]
+    for release in sorted(releases, key=lambda path: int(path.name.rpartition(".")[2]), reverse=True):
+        yield release / "bin" / "python"
+
+
+def find(version: str) -> str | None:
+    """Return the path of a Python of this version that really runs: pyenv's shims exist for versions that do not."""
+    for candidate in candidates(version):
+        if not os.access(candidate, os.X_OK):
+            continue
+        answer = captured([candidate, "-c", "import sys; print(sys.executable, *sys.version_info[:2], sep='\\n')"])
+        executable, _, found = answer.stdout.strip().partition("\n")
+        if answer.returncode == 0 and found.replace("\n", ".") == version:
+            return executable
+    return None
+
+
+def main() -> int:
+    """Run all set-ups and return the exit code."""
+    print(f"make test runs Python {HERE} with the newest SQLAlchemy; besides that:", flush=True)
+    setups = [
+        SetUp("oldest", "the oldest SQLAlchemy", sys.executable, overlay="sqlalchemy-oldest.txt"),
+        SetUp("minimal", "no extras", sys.executable, requirements="minimal.txt", extras=False),
+    ]
+    for version in PYTHONS:
+        if version == HERE:
+            continue
+        if python := find(version):
+            setups.append(SetUp(f"python{version}", f"Python {version}", python))
+        else:
+            print(f"  {'Python ' + version:<24} not found on this machine", flush=True)
+    failed = 0
+    for setup in setups:
+        print(f"  {setup.title:<24} ", end="", flush=True)
+        begun = time.monotonic()
+        passed, output = setup.run()
+        seconds = time.monotonic() - begun
+        lines = output.strip().splitlines() or ["no output"]
+        print(f"{'ok' if passed else 'FAILED':<8}{seconds:6.1f} s   {lines[-1].strip(' =')}", flush=True)
+        if not passed:
+            failed += 1
+            print("\n".join(f"    | {line}" for line in lines), flush=True)
+    print(f"{len(setups) - failed} of {len(setups)} set-ups passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What tests share: servers, and the gate for what a machine may not have."""
