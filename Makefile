@@ -8,7 +8,7 @@ export UV_PYTHON_DOWNLOADS = never
 
 BIN := .venv/bin
 LOCKS := requirements/uv.txt requirements/dev.txt
-CHECKED := src $(wildcard examples benchmarks typing_tests) scripts tests/support
+CHECKED := src $(wildcard examples typing_tests) scripts tests/support
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command 'make lock' $(UPGRADE)
 

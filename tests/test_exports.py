@@ -24,7 +24,8 @@ def test_public_names_are_documented(name):
     try:
         value = getattr(dbscope, name)
     except ImportError:
-        needs.missing_extra("async")
+        needs.module("greenlet", extra="async")
+        raise
     assert value.__doc__
 
 
