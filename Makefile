@@ -35,7 +35,7 @@ format: .venv/ready  ## let ruff mend what it can
 bench: .venv/ready  ## measure; ARGS go to the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-matrix: .venv/ready  ## the suite on the oldest SQLAlchemy, without extras, and on every newer Python found
+matrix: .venv/ready  ## the suite on the oldest SQLAlchemy, without extras, and on every other Python found
 	@$(BIN)/python scripts/matrix.py
 
 check: lint test matrix  ## all of it, as CI does
