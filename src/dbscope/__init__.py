@@ -1,1 +1,69 @@
 """Give every piece of work its own SQLAlchemy session, and show which work holds which connection."""
+
+from typing import TYPE_CHECKING, Any
+
+from dbscope.database import Database
+from dbscope.errors import (
+    ConfigurationError,
+    DBScopeError,
+    FanOutError,
+    NoScopeError,
+    NotTheOwnerError,
+    OverlapError,
+    PartialCommit,
+    ReadOnlyError,
+    RollbackOnlyError,
+    ScopeEndedError,
+    ScopeError,
+    ScopeMisuseError,
+    ScopeWarning,
+    SelfBlockedError,
+    TransactionError,
+    TransactionInProgress,
+    UncommittedWrites,
+    UncommittedWritesError,
+)
+from dbscope.ids import aend_scope, begin_scope, end_scope
+from dbscope.loop import Loop
+from dbscope.scope import Scope, current_scope, scope
+
+if TYPE_CHECKING:
+    from dbscope.aio import AsyncDatabase
+
+__all__ = [
+    "AsyncDatabase",
+    "ConfigurationError",
+    "DBScopeError",
+    "Database",
+    "FanOutError",
+    "Loop",
+    "NoScopeError",
+    "NotTheOwnerError",
+    "OverlapError",
+    "PartialCommit",
+    "ReadOnlyError",
+    "RollbackOnlyError",
+    "Scope",
+    "ScopeEndedError",
+    "ScopeError",
+    "ScopeMisuseError",
+    "ScopeWarning",
+    "SelfBlockedError",
+    "TransactionError",
+    "TransactionInProgress",
+    "UncommittedWrites",
+    "UncommittedWritesError",
+    "aend_scope",
+    "begin_scope",
+    "current_scope",
+    "end_scope",
+    "scope",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncDatabase":  # SQLAlchemy's asyncio part wants greenlet: not before it is asked for
+        from dbscope.aio import AsyncDatabase
+
+        return AsyncDatabase
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,281 @@
+"""Async databases. Loaded only when asked for: SQLAlchemy's asyncio part needs greenlet, which 2.1 leaves optional."""
+
+import asyncio
+import importlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import Session
+
+try:
+    importlib.import_module("greenlet")  # SQLAlchemy 2.0 imports without it, and fails at the first use
+    from sqlalchemy.ext.asyncio import (
+        AsyncEngine,
+        AsyncSession,
+        async_scoped_session,
+        async_sessionmaker,
+        create_async_engine,
+    )
+    from sqlalchemy.util import await_only
+except ImportError as error:
+    raise ImportError('async databases need greenlet: pip install "dbscope[async]"', name=error.name) from error
+
+from dbscope import sqlite
+from dbscope.database import (
+    BaseDatabase,
+    kind_of,
+    make_engine,
+    refuse_options,
+    refuse_second,
+    refuse_unbound,
+    session_options,
+    url_of,
+)
+from dbscope.fanout import afan_out
+from dbscope.hooks import Hook, settle
+from dbscope.instrument import instrument_sessions
+from dbscope.lifecycle import End, derive, end_life, life_of, release
+from dbscope.plan import arun, to_completion
+from dbscope.registry import look_up, stand_for
+from dbscope.transaction import AsyncTransaction, Kind, transactional
+from dbscope.where import here
+
+__all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
+
+S = TypeVar("S", bound=AsyncSession)
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+R = TypeVar("R")
+
+_hooks_at_once: set["asyncio.Future[Any]"] = set()  # a loop keeps tasks weakly
+
+
+class AsyncSessionRegistry(async_scoped_session[S]):
+    """The current scope's `AsyncSession`: call it for the session itself, or use it as if it were one."""
+
+    def __init__(self, source: Any, factory: "async_sessionmaker[S]") -> None:
+        self.session_factory = factory
+        self.registry: Any = look_up(source)
+        self._source = source
+
+    def __call__(self, **kw: Any) -> S:
+        """The current scope's session, made now if there is none yet.
+
+        Args:
+            kw: options for the session, where it is made by this very call.
+
+        Raises:
+            InvalidRequestError: options were given and the session is there already.
+            ScopeEndedError: the current scope is over.
+            NoScopeError: no scope is open, or one that was opened with `with`.
+        """
+        if kw:
+            if self.registry.has():
+                return super().__call__(**kw)  # which says that a session is present
+            return self.registry.place().open(self._source, kw)  # type: ignore[no-any-return]  # an S
+        return self.registry()  # type: ignore[no-any-return]  # an S
+
+    async def remove(self) -> None:
+        """End the current scope's session, if there is one; the next call makes a new one.
+
+        In a managed transaction it waits for the owner's end, as `AsyncSession.close()` does.
+        """
+        registry = self.registry
+        if not registry.has():
+            return
+        session: AsyncSession = registry()
+        life = life_of(session)
+        if life.owner is not None and not life.acting:
+            life.close_waits = True
+            return
+        await session.close()
+        registry.clear()
+        end_life(session, End(life.home.describe() if life.home else self._source.name, "it was removed", here()))
+        release(session.sync_session)
+
+    def __repr__(self) -> str:
+        return f"<the session of {self._source.name} in the current scope>"
+
+
+stand_for(AsyncSessionRegistry, AsyncSession, async_scoped_session)
+
+
+class AsyncDatabase(BaseDatabase, Generic[S]):
+    """Async version of `Database`: for async drivers, with `async with` and `await`.
+
+    Differences: sessions keep their loaded state after a commit (`expire_on_commit=False`), because reading an
+    expired attribute would need an await; there is no implicit scope, because nobody would await its end.
+    """
+
+    is_async = True
+    engine: AsyncEngine
+    session: AsyncSessionRegistry[S]
+
+    @overload
+    def __init__(
+        self: "AsyncDatabase[AsyncSession]",
+        target: "str | URL | AsyncEngine",
+        *,
+        name: str | None = None,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        target: "str | URL | AsyncEngine",
+        *,
+        name: str | None = None,
+        session_class: type[S],
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        target: "async_sessionmaker[S]",
+        *,
+        name: str | None = None,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+    ) -> None: ...
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        name: str | None = None,
+        session_class: Any = AsyncSession,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None:
+        url: URL | None = None
+        memory: sqlite.Memory | None = None
+        kw: dict[str, Any]
+        if isinstance(target, async_sessionmaker):
+            refuse_options(options, "an async_sessionmaker")
+            session_class, kw = target.class_, target.kw
+            engine = refuse_unbound(kw.get("bind"), AsyncEngine)
+        elif isinstance(target, AsyncEngine):
+            engine = target
+            kw = self._options(session_class, options)
+            refuse_options(options, "an AsyncEngine")
+            kw["bind"] = engine
+        else:
+            url = url_of(target, is_async=True)
+            kw = self._options(session_class, options)
+            engine, memory = make_engine(url, create_async_engine, options)
+            kw["bind"] = engine
+            refuse_second(self, url, memory)
+        self.engine = engine
+        self._set_up(engine, url=url, name=name, implicit_scopes=False, uncommitted=uncommitted, memory=memory)
+        sync_class: type[Session] = kw.pop("sync_session_class", None) or session_class.sync_session_class
+        self.sync_session_class = derive(sync_class)
+        instrument_sessions(self.sync_session_class)
+        kw["sync_session_class"] = self.sync_session_class
+        self._maker = async_sessionmaker(class_=session_class)
+        self._maker.kw = kw
+        self._class = self._maker.class_
+        self.session = AsyncSessionRegistry(self, self._maker)
+
+    @staticmethod
+    def _options(session_class: type[AsyncSession], options: dict[str, Any]) -> dict[str, Any]:
+        sync_class = options.get("sync_session_class", session_class.sync_session_class)
+        taken = {
+            **session_options(session_class, options),
+            **session_options(sync_class, options),
+        }
+        taken.setdefault("expire_on_commit", False)
+        return taken
+
+    def transaction(self, *, nested: bool = False, new: bool = False) -> AsyncTransaction[S]:
+        """Async version of `Database.transaction`."""
+        return AsyncTransaction(self, kind_of(nested, new))
+
+    def reader(self) -> AsyncTransaction[S]:
+        """Async version of `Database.reader`."""
+        return AsyncTransaction(self, Kind.READER)
+
+    @overload
+    def transactional(self, function: F) -> F: ...
+
+    @overload
+    def transactional(self, *, nested: bool = False, new: bool = False) -> Callable[[F], F]: ...
+
+    def transactional(self, function: Any = None, *, nested: bool = False, new: bool = False) -> Any:
+        """Async version of `Database.transactional`, for coroutine functions."""
+        kind = kind_of(nested, new)
+        if function is None:
+            return lambda decorated: transactional(self, decorated, kind)
+        return transactional(self, function, kind)
+
+    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Awaitable[None]:
+        """Async version of `Database.on_commit`: the function may be a coroutine function.
+
+        Returns:
+            an awaitable that need not be awaited. Outside of a transaction a coroutine function is started at once,
+            and this waits for it.
+        """
+        return _started(self._hook("commit", function, args, kwargs))
+
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Async version of `Database.on_rollback`: the function may be a coroutine function."""
+        self._hook("rollback", function, args, kwargs)
+
+    def run_hooks(self, hooks: Sequence[Hook]) -> None:
+        """Run the hooks of a transaction that its user ended: SQLAlchemy calls this inside of its greenlet."""
+        await_only(arun(settle(hooks, None)))
+
+    async def fan_out(
+        self,
+        function: Callable[[T], Awaitable[R]],
+        items: Iterable[T],
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+    ) -> list[R]:
+        """Async version of `Database.fan_out`, for a coroutine function, in tasks: an error cancels the others."""
+        return await afan_out(self, self.slots, function, items, name=name, limit=limit)
+
+    def new_session(self, **options: Any) -> S:
+        """Async version of `Database.new_session`."""
+        session = self.make(None, options or None)
+        self._loose.add(session.sync_session)
+        return cast("S", session)
+
+    async def dispose(self) -> None:
+        """Async version of `Database.dispose`."""
+        self._disposing()
+        await self.engine.dispose()
+        if self._memory is not None:
+            self._memory.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await to_completion(asyncio.ensure_future(self.dispose()))
+
+
+def _started(call: Callable[[], Any] | None) -> Awaitable[None]:
+    """Call a hook at once; what can be awaited where it is still running, or was never needed."""
+    result = None if call is None else call()
+    if asyncio.iscoroutine(result):
+        task = asyncio.ensure_future(result)
+        _hooks_at_once.add(task)
+        task.add_done_callback(_hooks_at_once.discard)
+        return task
+    return _Done()
+
+
+class _Done:
+    """An awaitable that is through already."""
+
+    def __await__(self) -> Any:
+        return
+        yield

@@ -1,0 +1,568 @@
+"""Databases: an engine, how its sessions are made, and the doors to them."""
+
+import difflib
+import gc
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+from weakref import WeakSet, WeakValueDictionary, ref
+
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from dbscope import fork, sqlite
+from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
+from dbscope.fanout import Slots, fan_out
+from dbscope.hooks import Hook, Outcome, settle, title
+from dbscope.instrument import instrument_engine, instrument_sessions
+from dbscope.lifecycle import Lifecycle, ScopedSession, adopt, derive, life_of
+from dbscope.plan import run
+from dbscope.registry import SessionRegistry
+from dbscope.scope import Scope, current_scope, implicit_scope
+from dbscope.transaction import Kind, Transaction, call_of, transactional
+from dbscope.where import Place, here, name_of, running_loop, spell, worker
+
+__all__ = ["Database"]
+
+S = TypeVar("S", bound=Session)
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+R = TypeVar("R")
+
+_by_url: "WeakValueDictionary[tuple[str, bool], BaseDatabase]" = WeakValueDictionary()
+
+_EXTRAS = {
+    "psycopg": "postgresql",
+    "asyncpg": "asyncpg",
+    "aiosqlite": "aiosqlite",
+    "greenlet": "async",
+}
+
+
+class BaseDatabase:
+    """What both colours share. Not public: use `Database` or `AsyncDatabase`."""
+
+    is_async = False
+    name: str
+    uncommitted: Literal["warn", "raise", "off"]
+
+    _maker: Any  # sessionmaker | async_sessionmaker
+    _class: type[Any]
+    _sync_engine: Engine
+
+    def _set_up(
+        self,
+        engine: Any,
+        *,
+        url: URL | None,
+        name: str | None,
+        implicit_scopes: bool,
+        uncommitted: Literal["warn", "raise", "off"],
+        memory: sqlite.Memory | None,
+    ) -> None:
+        if uncommitted not in ("warn", "raise", "off"):
+            raise ConfigurationError(f'uncommitted is "warn", "raise" or "off", not {uncommitted!r}.')
+        sync: Engine = getattr(engine, "sync_engine", engine)
+        self._sync_engine = sync
+        self._memory = memory
+        self.name = name or (url or sync.url).render_as_string(hide_password=True)
+        self.uncommitted = uncommitted
+        self.implicit_scopes = implicit_scopes
+        self.place: Place | None = here()
+        self.own_begin = url is not None and sync.dialect.name == "sqlite"
+        self.one_writer = sync.dialect.name == "sqlite"
+        self.holders: set[ref[Lifecycle]] = set()
+        self._loose: WeakSet[Session] = WeakSet()
+        self.slots = Slots(self)
+        if self.own_begin:
+            sqlite.set_up(sync, memory)
+        instrument_engine(sync, own_begin=self.own_begin)
+        event.listen(sync, "handle_error", _explain)
+        fork.databases.add(self)
+
+    # -- what the core asks ------------------------------------------------------------------------------------
+
+    def make(self, home: Scope | None, options: dict[str, Any] | None = None) -> Any:
+        """A new session, with its life begun in `home`."""
+        kw = self._maker.kw
+        session = self._class(**kw) if options is None else self._class(**{**kw, **options})
+        adopt(getattr(session, "sync_session", session), home, self)
+        return session
+
+    def make_reader(self, home: Scope) -> Any:
+        """A new session whose transactions the server keeps read-only, where it knows how to."""
+        if self._sync_engine.dialect.name != "postgresql":
+            return self.make(home)
+        kw = self._maker.kw
+        options: dict[str, Any] = {"bind": _read_only(kw.get("bind"))}
+        if kw.get("binds"):
+            options["binds"] = {key: _read_only(bind) for key, bind in kw["binds"].items()}
+        return self.make(home, options)
+
+    def accept(self, session: Any, home: Scope) -> Any:
+        """A session that was put into the registry by hand."""
+        sync = getattr(session, "sync_session", session)
+        if not isinstance(sync, ScopedSession):
+            raise ConfigurationError(
+                f"{session!r} was not made by {self.name}. Use `db.new_session()`, or `dbscope.compat.scoped_session`."
+            )
+        life = life_of(session)
+        life.home, life.source = home, self
+        return session
+
+    def refuse_implicit(self) -> None:
+        """Raise where a session outside of every scope is not to be had."""
+        if self.is_async:
+            raise NoScopeError(
+                f"an async session of {self.name} was asked for by {name_of(worker())} at {spell(here())}, outside of "
+                "every scope: nobody would await its end.\nOpen one around the work: `async with scope(): ...`."
+            )
+        if not self.implicit_scopes:
+            raise NoScopeError(
+                f"a session of {self.name} was asked for by {name_of(worker())} at {spell(here())}, outside of every "
+                "scope, and this database has implicit_scopes=False.\nOpen one around the work: `with scope(): ...`."
+            )
+
+    def capacity(self) -> float:
+        """How many connections the pool gives out at most."""
+        pool: Any = self._sync_engine.pool
+        overflow = getattr(pool, "_max_overflow", -1)  # only QueuePool has a limit, and no public name for it
+        return float("inf") if overflow < 0 else pool.size() + overflow
+
+    def run_hooks(self, hooks: Sequence[Hook]) -> None:
+        """Run the hooks of a transaction that its user ended, each in a scope of its own."""
+        run(settle(hooks, None))
+
+    def after_fork(self) -> None:
+        """In the child of a fork: leave the parent's connections to it."""
+        self._sync_engine.dispose(close=False)
+        fork.keep_alive([*self._loose])
+        self.holders.clear()
+
+    # -- hooks -------------------------------------------------------------------------------------------------
+
+    def _hook(
+        self, outcome: Outcome, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], Any] | None:
+        """Keep a hook for the end of the open transaction; give its call back if there is none."""
+        call = call_of(function, args, kwargs, here(), is_async=self.is_async)
+        home = current_scope()
+        if home is None and running_loop() is None:
+            home = implicit_scope()
+        if home is not None and (home.commit is not None or home.has(self)):
+            session = home.open(self)
+            sync: Session = getattr(session, "sync_session", session)
+            life = life_of(session)
+            if life.unsaved(sync) is not None if life.owner is None else not life.owner.reader:
+                savepoint = sync.get_nested_transaction()
+                hook = Hook(call, outcome, savepoint, name=title(function), blocking=not self.is_async)
+                life.hooks += (hook,)
+                return None
+        return call
+
+    def _open_scopes(self) -> str:
+        lives = [life for held in [*self.holders] if (life := held()) is not None]
+        return ", ".join(
+            f"{life.home.describe() if life.home else 'a session outside of every scope'} since {spell(life.taken)}"
+            for life in lives
+        )
+
+    def _disposing(self) -> None:
+        held = self._open_scopes()
+        if held:
+            warnings.warn(
+                f"{self.name} was disposed of while connections were held by {held}.\n"
+                "They are closed when they are given back. End the scopes first.",
+                ScopeWarning,
+                stacklevel=3,
+            )
+        for key, database in list(_by_url.items()):
+            if database is self:
+                del _by_url[key]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+class Database(BaseDatabase, Generic[S]):
+    """An engine, and sessions for the work that is done with it. Make one for the process; share it everywhere.
+
+    Args:
+        target: a URL (string or `URL`), an `Engine`, or a configured `sessionmaker`. An engine that you made is left
+            as it is; one that is made here from a URL has these defaults, each with its reason:
+
+            - SQLite: foreign keys are enforced, as on every other database; files use write-ahead logging, so that
+              readers and the writer do not wait for each other; each transaction begins explicitly, so that its reads
+              are consistent and savepoints work; a database in memory is one, whichever thread uses it, and serves
+              one transaction at a time.
+            - others: `pool_pre_ping=True`, so that a connection that died in the pool is never handed out.
+        name: what errors call this database; its URL without the password, if not given.
+        session_class: the class of the sessions, such as SQLModel's.
+        implicit_scopes: whether `db.session` works outside of every scope, in one of the thread's own.
+        uncommitted: what a scope's end does about writes that nobody committed: `"warn"`, `"raise"` or `"off"`.
+        options: options of `Session` and, with a URL, of `create_engine`.
+
+    Raises:
+        ConfigurationError: the target cannot be used, or an option is unknown.
+
+    >>> from sqlalchemy import text
+    >>> with Database("sqlite://") as db:
+    ...     with db.transaction() as session:
+    ...         session.scalar(text("SELECT 42"))
+    42
+    """
+
+    engine: Engine
+    session: SessionRegistry[S]
+
+    @overload
+    def __init__(
+        self: "Database[Session]",
+        target: "str | URL | Engine",
+        *,
+        name: str | None = None,
+        implicit_scopes: bool = True,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        target: "str | URL | Engine",
+        *,
+        name: str | None = None,
+        session_class: type[S],
+        implicit_scopes: bool = True,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        target: "sessionmaker[S]",
+        *,
+        name: str | None = None,
+        implicit_scopes: bool = True,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+    ) -> None: ...
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        name: str | None = None,
+        session_class: Any = Session,
+        implicit_scopes: bool = True,
+        uncommitted: Literal["warn", "raise", "off"] = "warn",
+        **options: Any,
+    ) -> None:
+        url: URL | None = None
+        memory: sqlite.Memory | None = None
+        kw: dict[str, Any]
+        if isinstance(target, sessionmaker):
+            refuse_options(options, "a sessionmaker")
+            session_class, kw, engine = target.class_, target.kw, target.kw.get("bind")
+            engine = refuse_unbound(engine, Engine)
+        elif isinstance(target, Engine):
+            engine = target
+            kw = session_options(session_class, options)
+            refuse_options(options, "an Engine")
+            kw["bind"] = engine
+        else:
+            url = url_of(target, is_async=False)
+            kw = session_options(session_class, options)
+            engine, memory = make_engine(url, create_engine, options)
+            kw["bind"] = engine
+            refuse_second(self, url, memory)
+        self.engine = engine
+        self._set_up(
+            engine, url=url, name=name, implicit_scopes=implicit_scopes, uncommitted=uncommitted, memory=memory
+        )
+        self._maker = sessionmaker(class_=derive(session_class))
+        self._maker.kw = kw
+        self._class = self._maker.class_
+        instrument_sessions(self._class)
+        self.session = SessionRegistry(self, self._maker)
+
+    def transaction(self, *, nested: bool = False, new: bool = False) -> Transaction[S]:
+        """A block whose work is committed when it ends, or rolled back, and the error re-raised.
+
+        Joins a managed transaction that is open; begins one otherwise, on the scope's session, or in a scope of its
+        own where none is open. What the scope's session has merely read, or has pending, becomes part of it.
+
+        Args:
+            nested: inside of an open transaction, work in a savepoint: an error undoes this block's work alone.
+            new: work beside what is open, in a session and a transaction of its own.
+
+        Raises:
+            TransactionInProgress: on entering, if the session has written something that nobody owns.
+            RollbackOnlyError: on leaving, if a part of the work failed or was rolled back, and the error was hidden.
+            ReadOnlyError: on entering, inside of a reader.
+        """
+        return Transaction(self, kind_of(nested, new))
+
+    def reader(self) -> Transaction[S]:
+        """A block that reads, in a session of its own: writes are refused, and by PostgreSQL's server too.
+
+        It sees what is committed when its first statement runs. What it returned can still be read after the block,
+        without a transaction; what was not loaded stays unloaded.
+
+        Raises:
+            ReadOnlyError: by whatever writes inside.
+        """
+        return Transaction(self, Kind.READER)
+
+    @overload
+    def transactional(self, function: F) -> F: ...
+
+    @overload
+    def transactional(self, *, nested: bool = False, new: bool = False) -> Callable[[F], F]: ...
+
+    def transactional(self, function: Any = None, *, nested: bool = False, new: bool = False) -> Any:
+        """Decorate a function or a method, so that each call runs in `transaction()`.
+
+        Raises:
+            ConfigurationError: on decorating, for generators, and functions of the other colour.
+        """
+        kind = kind_of(nested, new)
+        if function is None:
+            return lambda decorated: transactional(self, decorated, kind)
+        return transactional(self, function, kind)
+
+    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call a function when the open transaction has been committed, its connection being back in the pool.
+
+        It runs after the outermost COMMIT, in the order of the calls, in a scope of its own. It is dropped if the
+        transaction, or the savepoint in which it was given, rolls back. Outside of a transaction it is called at
+        once, as Django's is.
+        """
+        call = self._hook("commit", function, args, kwargs)
+        if call is not None:
+            call()
+
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call a function when the open transaction, or the savepoint in which it was given, has rolled back.
+
+        Outside of a transaction there is nothing to roll back, and it is dropped.
+        """
+        self._hook("rollback", function, args, kwargs)
+
+    def fan_out(
+        self,
+        function: Callable[[T], R],
+        items: Iterable[T],
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+    ) -> list[R]:
+        """Call a function with each item in threads, each call in a scope of its own.
+
+        No more calls run at once than the pool has connections for: overflow counts, and so do the caller's own
+        connection and what other fan-outs use. A call that fans out again cannot starve itself.
+
+        Args:
+            function: what to do with one item.
+            items: one call for each.
+            name: what errors call the scopes; the function's name, if not given.
+            limit: how many calls may run at once, if fewer than the pool could serve.
+
+        Returns:
+            the results, in the order of the items.
+
+        Raises:
+            FanOutError: the callers of fan-outs hold every connection, so that no call could ever begin.
+            Exception: the first one that a call raised; no further call was begun after it.
+        """
+        return fan_out(self, self.slots, function, items, name=name, limit=limit)
+
+    def new_session(self, **options: Any) -> S:
+        """A session outside of every scope: whoever asked for it closes it."""
+        session = self.make(None, options or None)
+        self._loose.add(session)
+        return cast("S", session)
+
+    def dispose(self) -> None:
+        """Close the pool. Connections that are still held are named in a warning, and closed when they come back."""
+        self._disposing()
+        self.engine.dispose()
+        if self._memory is not None:
+            self._memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.dispose()
+
+
+# -- setting up --------------------------------------------------------------------------------------------------
+
+
+def kind_of(nested: bool, new: bool) -> Kind:
+    """What the two switches mean together."""
+    if nested and new:
+        raise ConfigurationError("nested=True is a savepoint in the open transaction, new=True one beside it: choose.")
+    return Kind.NESTED if nested else Kind.NEW if new else Kind.REQUIRED
+
+
+def url_of(target: Any, *, is_async: bool) -> URL:
+    """The URL that `target` is, for a database of this colour.
+
+    Raises:
+        ConfigurationError: it is none, or its driver is unknown, not installed, or of the other colour.
+    """
+    mine, other = ("AsyncDatabase", "Database") if is_async else ("Database", "AsyncDatabase")
+    if hasattr(target, "sync_engine") or type(target).__name__ == "async_sessionmaker":
+        raise ConfigurationError(f"{target!r} is async: give it to AsyncDatabase.")
+    if isinstance(target, Engine | sessionmaker):
+        raise ConfigurationError(f"{target!r} is sync: give it to Database.")
+    if not isinstance(target, str | URL):
+        raise ConfigurationError(f"{mine} takes a URL, an engine or a configured session maker, not {target!r}.")
+    try:
+        url = make_url(target)
+    except ArgumentError:
+        raise ConfigurationError(
+            "this is not a database URL; it should look like 'sqlite:///payments.db' or "
+            "'postgresql+psycopg://user:password@host/database'. (It is not shown, for it may hold a password.)"
+        ) from None
+    try:
+        dialect = url.get_dialect()
+    except NoSuchModuleError:
+        raise ConfigurationError(
+            f"SQLAlchemy knows no database {url.drivername!r}. Check the part of the URL before '://', "
+            "or install the package that brings it."
+        ) from None
+    if dialect.is_async != is_async:
+        found, wanted, example = (
+            ("a sync", "an async", "sqlite+aiosqlite:// or postgresql+asyncpg://")
+            if is_async
+            else ("an async", "a sync", "sqlite:// or postgresql+psycopg://")
+        )
+        raise ConfigurationError(
+            f"{url.drivername} is {found} driver: use {other} for it, or give {mine} the URL of {wanted} one, "
+            f"such as {example}."
+        )
+    return url
+
+
+def make_engine(url: URL, create: Callable[..., Any], options: dict[str, Any]) -> tuple[Any, sqlite.Memory | None]:
+    """An engine for a URL, with dbscope's defaults under the user's options.
+
+    Raises:
+        ConfigurationError: the driver is not installed, or an option is unknown.
+    """
+    memory: sqlite.Memory | None = None
+    defaults: dict[str, Any] = {"pool_pre_ping": True}
+    shown = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite":
+        if sqlite.is_memory(url):
+            memory = sqlite.Memory(url)
+            url = memory.url
+        defaults = sqlite.pool_options(url, memory)
+    try:
+        return create(url, **{**defaults, **options}), memory
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        how = f'pip install "dbscope[{extra}]"' if extra else f"pip install {error.name}"
+        raise ConfigurationError(f"{shown} needs the driver {error.name}, which is not installed: {how}") from error
+    except TypeError as error:
+        known = [*inspect.signature(create_engine).parameters, *_POOL_OPTIONS, *_SESSION_OPTIONS]
+        hints = [f"{name!r}: did you mean {close[0]!r}?" for name in options if (close := _like(name, known))]
+        unknown = "; ".join(hints) or ", ".join(map(repr, options))
+        raise ConfigurationError(
+            f"{shown} was given an option that neither Session nor create_engine knows: {unknown}"
+        ) from error
+
+
+_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "pool_use_lifo", "echo")
+_SESSION_OPTIONS = frozenset(inspect.signature(Session.__init__).parameters) - {"self", "bind", "execution_options"}
+
+
+def _like(name: str, known: Sequence[str]) -> list[str]:
+    return [] if name in known else difflib.get_close_matches(name, known, 1, 0.7)
+
+
+def session_options(session_class: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Take the session's options out of `options`, those of the user's own session class included."""
+    own: set[str] = set(_SESSION_OPTIONS)
+    for cls in session_class.__mro__:
+        init = cls.__dict__.get("__init__")
+        if init is not None and cls is not object:
+            own |= {
+                name
+                for name, p in inspect.signature(init).parameters.items()
+                if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+            }
+    own -= {"self", "bind", "execution_options"}
+    taken = {name: options.pop(name) for name in list(options) if name in own}
+    # A session that may not be used again after close() cannot serve a scope; the scope ends it for good itself.
+    taken.pop("close_resets_only", None)
+    return taken
+
+
+def refuse_options(options: dict[str, Any], what: str) -> None:
+    """Raise if there are options left that `what` can no longer take."""
+    if options:
+        raise ConfigurationError(
+            f"{what} is configured already, and cannot take {', '.join(map(repr, options))}: set it there."
+        )
+
+
+def refuse_unbound(engine: Any, wanted: type[Any]) -> Any:
+    """The engine of a session maker; raise if it has none."""
+    if isinstance(engine, Connection):
+        return engine.engine
+    if not isinstance(engine, wanted):
+        raise ConfigurationError(
+            f"the session maker has no {wanted.__name__} as its bind, but {engine!r}: "
+            "configure it with bind=, or give the database the engine."
+        )
+    return engine
+
+
+def refuse_second(database: BaseDatabase, url: URL, memory: sqlite.Memory | None) -> None:
+    """Raise if there is a database for this URL already: with a pool for each, the server runs out of connections.
+
+    Databases in memory are each their own.
+    """
+    if memory is not None:
+        return
+    key = (url.render_as_string(hide_password=False), database.is_async)
+    if key in _by_url:
+        gc.collect()  # one that was dropped may only be waiting for this
+    first = _by_url.get(key)
+    if first is not None:
+        raise ConfigurationError(
+            f"there is a database for {url.render_as_string(hide_password=True)} already, "
+            f"made at {spell(first.place)}.\n"
+            "Make one for the process and share it; or dispose() of the first; or, for a second pool on purpose, "
+            "give this one an engine of your own."
+        )
+    _by_url[key] = database
+
+
+def _read_only(bind: Any) -> Any:
+    if bind is None or isinstance(bind, Connection) or not hasattr(bind, "execution_options"):
+        return bind
+    return bind.execution_options(postgresql_readonly=True)
+
+
+def _explain(context: ExceptionContext) -> None:
+    """Say in a note what a lost connection means; the exception stays SQLAlchemy's."""
+    error = context.sqlalchemy_exception
+    if error is None:
+        return
+    if context.connection is None and isinstance(error, OperationalError) and context.engine is not None:
+        url = context.engine.url.render_as_string(hide_password=True)
+        error.add_note(f"No connection could be made to {url}. Is the server up, and the address right?")
+    elif context.is_disconnect:
+        error.add_note(
+            "The connection was lost in the middle, and the server has rolled back what was open on it. "
+            "Repeat the whole piece of work, in a new scope; the pool will connect again."
+        )

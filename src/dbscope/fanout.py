@@ -1,0 +1,232 @@
+"""Fan-out: one piece of work split into parts that run side by side, each in a scope of its own.
+
+The pool is what they share. More parts than connections would wait in it for each other, and a part that fans out
+again while it holds one could wait for itself; so the parts are counted before they start.
+"""
+
+import asyncio
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any, TypeVar
+
+from dbscope.errors import ConfigurationError, FanOutError
+from dbscope.hooks import title
+from dbscope.plan import to_completion
+from dbscope.scope import PlacedScope, current_scope
+from dbscope.where import here, spell
+
+__all__ = ["Slots", "afan_out", "fan_out"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_THREADS = 32  # at once, over a pool without a limit
+
+
+class Slots:
+    """How many parts of fan-outs may hold a connection of one pool now."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.lock = threading.Lock()
+        self.used = 0  # by running parts
+        self.reserved = 0  # by callers' own connections
+        self.stuck = 0  # of these two, what waits in a fan-out and so cannot be given back before it ends
+        self.waiting: deque[Callable[[], object]] = deque()
+
+    def wake(self) -> None:
+        """Let everybody who waits look again."""
+        with self.lock:
+            waiting = [*self.waiting]
+            self.waiting.clear()
+        for call in waiting:
+            call()
+
+
+class Share:
+    """What one fan-out may use of the pool's slots."""
+
+    def __init__(self, slots: Slots) -> None:
+        home = current_scope()
+        held, is_part = (0, False) if home is None else home.held(slots.source)
+        self.slots = slots
+        self.running = 0
+        self.lent = is_part and held == 0  # the part's own slot, which it does not need while it waits here
+        self.reserved = max(0, held - is_part)
+        self.held = held
+        self.place = here()
+
+    def __enter__(self) -> "Share":
+        with self.slots.lock:
+            self.slots.reserved += self.reserved
+            self.slots.stuck += self.held
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.slots.lock:
+            self.slots.reserved -= self.reserved
+            self.slots.stuck -= self.held
+        self.slots.wake()
+
+    def take(self, wake: Callable[[], object]) -> Callable[[], None] | None:
+        """What gives a slot back when its part is through; or None, and `wake` is called when to try again.
+
+        Raises:
+            FanOutError: no slot can ever come free.
+        """
+        slots = self.slots
+        capacity = slots.source.capacity()
+        with slots.lock:
+            if self.lent:
+                self.lent = False
+                self.running += 1
+                return self._give_lent
+            if slots.used + slots.reserved < capacity:
+                slots.used += 1
+                self.running += 1
+                return self._give
+            if not self.running and slots.stuck >= capacity:
+                raise FanOutError(
+                    f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
+                    f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
+                    "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool."
+                )
+            slots.waiting.append(wake)
+            return None
+
+    def _give_lent(self) -> None:
+        with self.slots.lock:
+            self.lent = True
+            self.running -= 1
+        self.slots.wake()
+
+    def _give(self) -> None:
+        with self.slots.lock:
+            self.slots.used -= 1
+            self.running -= 1
+        self.slots.wake()
+
+
+def _check(items: Iterable[T], limit: int | None) -> list[T]:
+    if limit is not None and limit < 1:
+        raise ConfigurationError(f"a fan-out's limit is a number from 1 up, not {limit!r}.")
+    return list(items)
+
+
+def fan_out(
+    source: Any,
+    slots: Slots,
+    function: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    name: str | None,
+    limit: int | None,
+) -> list[R]:
+    """The parts in threads; see `Database.fan_out`."""
+    given = _check(items, limit)
+    place, called = here(), name or title(function)
+
+    def part(item: T) -> R:
+        with PlacedScope(called, place, joined=source):
+            return function(item)
+
+    parts: list[Future[R]] = []
+    failed = threading.Event()
+    room = threading.Semaphore(limit or _THREADS)
+    with Share(slots) as share, ThreadPoolExecutor(max(1, len(given)), thread_name_prefix=called) as threads:
+        for item in given:
+            room.acquire()
+            give = _wait_for(share)
+            if failed.is_set():
+                give()
+                break
+            future = threads.submit(contextvars.copy_context().run, part, item)
+
+            def through(done: Future[R], give: Callable[[], None] = give) -> None:
+                if done.exception() is not None:
+                    failed.set()
+                give()
+                room.release()
+
+            future.add_done_callback(through)
+            parts.append(future)
+        done, _ = wait(parts, return_when=FIRST_EXCEPTION)
+        error = next((e for future in parts if future in done and (e := future.exception()) is not None), None)
+    if error is not None:
+        raise error
+    return [future.result() for future in parts]
+
+
+def _wait_for(share: Share) -> Callable[[], None]:
+    while True:
+        free = threading.Event()
+        give = share.take(free.set)
+        if give is not None:
+            return give
+        free.wait()
+
+
+async def afan_out(
+    source: Any,
+    slots: Slots,
+    function: Callable[[T], Awaitable[R]],
+    items: Iterable[T],
+    *,
+    name: str | None,
+    limit: int | None,
+) -> list[R]:
+    """The parts in tasks; see `AsyncDatabase.fan_out`."""
+    given = _check(items, limit)
+    place, called = here(), name or title(function)
+    parts: list[asyncio.Task[R]] = []
+    room = asyncio.Semaphore(limit or max(1, len(given)))
+
+    async def part(item: T) -> R:
+        async with PlacedScope(called, place, joined=source):
+            return await function(item)
+
+    with Share(slots) as share:
+        try:
+            for item in given:
+                await room.acquire()
+                give = await _await_for(share)
+                if any(task.done() and _failed(task) for task in parts):
+                    give()
+                    break
+                task = asyncio.create_task(part(item), name=called)
+
+                def through(_: object, give: Callable[[], None] = give) -> None:
+                    give()
+                    room.release()
+
+                task.add_done_callback(through)  # not in the part itself: one that is cancelled early never begins
+                parts.append(task)
+            if parts:
+                await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            if parts:
+                for task in parts:
+                    task.cancel()  # those that are through do not notice
+                await to_completion(asyncio.ensure_future(asyncio.wait(parts)))
+    for task in parts:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+    return [task.result() for task in parts]
+
+
+def _failed(task: "asyncio.Task[Any]") -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+async def _await_for(share: Share) -> Callable[[], None]:
+    loop = asyncio.get_running_loop()
+    while True:
+        free = asyncio.Event()
+        give = share.take(partial(loop.call_soon_threadsafe, free.set))
+        if give is not None:
+            return give
+        await free.wait()

@@ -1,0 +1,74 @@
+"""Hooks: functions to call when the transaction they were given in has ended, after the connection is back.
+
+Each is called in a scope of its own, so that it may use the database; a failing one stops no other.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from dbscope.plan import Call, Plan
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+__all__ = ["Hook", "settle", "title"]
+
+Outcome = Literal["commit", "rollback"]
+log = logging.getLogger("dbscope")
+
+
+def title(function: Callable[..., Any]) -> str:
+    """A function as errors name it."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", None) or repr(function))
+
+
+class Hook:
+    """A function to call when the transaction it was given in has ended."""
+
+    __slots__ = ("blocking", "due", "function", "name", "outcome", "savepoint")
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        outcome: Outcome,
+        savepoint: "SessionTransaction | None",
+        *,
+        name: str,
+        blocking: bool,
+    ) -> None:
+        self.function = function
+        self.name = f"hook {name}"
+        self.outcome = outcome
+        self.blocking = blocking  # it belongs to a sync database, and must not run on a loop
+        self.savepoint = savepoint
+        self.due = False  # its savepoint rolled back: an on_rollback hook runs even if the rest commits
+
+
+def settle(hooks: Sequence[Hook], error: BaseException | None) -> Plan[None]:
+    """Call the hooks in their order; then raise what failed, unless the work itself is failing with `error`.
+
+    Raises:
+        Exception: the one hook's error, with a note that says that the transaction stands.
+        ExceptionGroup: several hooks' errors.
+    """
+    failures: list[Exception] = []
+    for hook in hooks:
+        try:
+            yield Call(hook.function, blocking=hook.blocking)
+        except Exception as failure:
+            failure.add_note(f"raised by the on_{hook.outcome} {hook.name}; the {hook.outcome} stands")
+            failures.append(failure)
+    if not failures:
+        return
+    if error is not None:
+        for failed in failures:
+            log.error("a hook failed after the work had failed", exc_info=failed)
+            error.add_note(f"and {failed!r} was {failed.__notes__[-1]}")
+        return
+    if len(failures) == 1:
+        raise failures[0]
+    raise ExceptionGroup(f"{len(failures)} hooks failed; the transaction stands", failures)

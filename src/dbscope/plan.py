@@ -1,0 +1,139 @@
+"""A plan: what beginning or ending something does, in order, written once; `run` and `arun` carry it out.
+
+A plan is a generator that yields steps and is sent their results, or thrown their errors.
+The plan decides what happens; the two runners know only in which thread or on which loop a step may run.
+"""
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from sqlalchemy.orm import Session
+
+T = TypeVar("T")
+
+
+class OnSession(NamedTuple):
+    """Call `action` with the sync session; `session` says of which colour the work is."""
+
+    session: Any  # Session | AsyncSession
+    action: Callable[[Session], Any]
+    begins: bool = False  # it may take a connection, where the session holds none yet
+
+
+class Call(NamedTuple):
+    """Call a function of the user's that may block, or be a coroutine function."""
+
+    function: Callable[[], Any]
+    blocking: bool  # it belongs to a sync database, and must not run on a loop
+
+
+Step: TypeAlias = OnSession | Call
+Plan: TypeAlias = Generator[Step, Any, T]
+
+
+def run(plan: Plan[T]) -> T:
+    """Carry out a plan in this thread."""
+    try:
+        step = next(plan)
+        while True:
+            try:
+                result = step.function() if isinstance(step, Call) else step.action(step.session)
+            except BaseException as error:
+                step = plan.throw(error)
+            else:
+                step = plan.send(result)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]  # a plan returns its T
+
+
+async def arun(plan: Plan[T]) -> T:
+    """Carry out a plan on this loop: async sessions here, sync ones that hold a transaction in a thread."""
+    try:
+        step = next(plan)
+        while True:
+            try:
+                result = await _take(step)
+            except BaseException as error:
+                step = plan.throw(error)
+            else:
+                step = plan.send(result)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]  # a plan returns its T
+
+
+async def _take(step: Step) -> Any:
+    if isinstance(step, Call):
+        if step.blocking:
+            return await off_loop(step.function)
+        result = step.function()
+        return await result if asyncio.iscoroutine(result) or isinstance(result, asyncio.Future) else result
+    session, action, begins = step
+    if isinstance(session, Session):
+        # A commit may wait for a lock that another task of this very loop holds.
+        return await off_loop(lambda: action(session)) if session.in_transaction() or begins else action(session)
+    if session.in_transaction() or begins:
+        return await session.run_sync(action)
+    return action(session.sync_session)  # holds no connection: crossing to a greenlet would buy nothing
+
+
+# -- off the loop ------------------------------------------------------------------------------------------------
+
+_threads: ThreadPoolExecutor | None = None
+_threads_lock = threading.Lock()
+
+
+def _forget_threads() -> None:
+    global _threads, _threads_lock
+    _threads, _threads_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork
+
+
+async def off_loop(function: Callable[[], T]) -> T:
+    """Run blocking work in a thread of dbscope's own, in a copy of this context, to its end.
+
+    Not in the loop's default executor: requests that wait in it for a lock would leave no thread to the one that
+    releases it. As many threads are made as work is waiting (never more than connections are checked out).
+    """
+    global _threads
+    with _threads_lock:
+        if _threads is None:
+            _threads = ThreadPoolExecutor(max_workers=10_000, thread_name_prefix="dbscope")
+    context = contextvars.copy_context()
+    work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
+    return await to_completion(work)
+
+
+async def to_completion(work: "asyncio.Future[T]", *, forward: bool = False) -> T:
+    """Wait for `work` until it is done, however often this task is cancelled meanwhile; then cancel.
+
+    One `asyncio.shield` is not enough: a second cancel (AnyIO cancels again and again) would leave the work behind.
+
+    Args:
+        work: a future or task.
+        forward: pass the first cancel on to the work (and only the first: what it does then is clean up).
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError as error:
+            if work.cancelled():
+                break  # not we, the work
+            if cancelled is None and forward and not work.done():
+                work.cancel()
+            cancelled = error
+        except BaseException:
+            pass
+    if cancelled is None:
+        return work.result()
+    if not work.cancelled() and work.exception() is not None:
+        cancelled.__context__ = work.exception()
+    raise cancelled

@@ -1,0 +1,713 @@
+"""The scope: one piece of work, and the sessions it has opened.
+
+The current scope is one `ContextVar`; the scope itself holds its sessions, so there is no dictionary of sessions by
+key that could leak, or whose keys a later piece of work could inherit. Ending a scope empties it: the look-up of a
+session needs no check for dead scopes.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from enum import Enum
+from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+from sqlalchemy.orm import Session
+
+from dbscope.errors import (
+    ConfigurationError,
+    NoScopeError,
+    PartialCommit,
+    ScopeEndedError,
+    ScopeMisuseError,
+    ScopeWarning,
+    UncommittedWrites,
+    UncommittedWritesError,
+)
+from dbscope.hooks import Hook, settle
+from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of, release
+from dbscope.plan import OnSession, Plan, arun, run, to_completion
+from dbscope.where import Place, ago, here, name_of, running_loop, spell, worker
+
+__all__ = ["Scope", "current_scope", "scope"]
+
+T = TypeVar("T")
+Commit = Literal["on-success"] | None
+
+
+class Source(Protocol):
+    """What a scope asks of a database."""
+
+    name: str
+    is_async: bool
+    uncommitted: Literal["warn", "raise", "off"]
+
+    def make(self, home: "Scope", options: dict[str, Any] | None) -> Any:
+        """A new session, with its life begun in `home`."""
+
+
+class State(Enum):
+    """Where a scope stands."""
+
+    NEW = "made, and not entered yet"
+    OPEN = "entered: sessions may be opened"
+    ENDING = "committing: its sessions still serve the events that fire meanwhile"
+    ENDED = "over: its sessions are dead"
+
+
+class Colour(Enum):
+    """How a scope was opened, and so which sessions it can end."""
+
+    SYNC = "with scope()"
+    ASYNC = "async with scope()"
+    BY_ID = "begin_scope()"
+    IMPLICIT = "the thread's implicit scope"
+
+
+# Bound once: reading a member through its Enum costs as much as the rest of an empty scope.
+_NEW, _OPEN, _ENDING, _ENDED = State
+_SYNC, _ASYNC, _BY_ID, _IMPLICIT = Colour
+
+_current: ContextVar["Scope | None"] = ContextVar("dbscope.scope", default=None)
+_get, _set = _current.get, _current.set
+_getframe = sys._getframe
+_monotonic = time.monotonic
+_CONTEXTLIB = contextlib.__file__
+_IN_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
+
+
+class Scope:
+    """One piece of work: at most one session per database, opened when first needed, released when the work ends.
+
+    Enter it once, with `with` or (for async sessions, and where sync ones must not block a loop) `async with`.
+    It never commits by itself: `session.commit()`, `db.transaction()` do; what nobody committed is rolled back and
+    reported. A scope inside another has sessions of its own, and leaving it restores the outer one.
+
+    Args:
+        name: what errors and the live view call this work; the line that opened it, if not given.
+        commit: `"on-success"` makes the whole scope one managed transaction for each database that is used in it:
+            begun at the first use, committed when the block ends without an error, rolled back otherwise. With
+            several databases all sessions flush first, then commit in the order of first use.
+        writes: whether an on-success scope takes SQLite's write lock when it begins (see `Database`).
+
+    Raises:
+        ScopeMisuseError: on entering, if it was entered before, or in a plain generator's frame.
+        PartialCommit: on leaving, if a commit failed after another database's had succeeded.
+        UncommittedWritesError: on leaving, where a database was told to raise for lost writes.
+
+    >>> from dbscope import Database, scope
+    >>> from sqlalchemy import text
+    >>> db = Database("sqlite://")
+    >>> with scope("nightly-report"):
+    ...     db.session.scalar(text("SELECT 42"))
+    42
+    >>> db.dispose()
+    """
+
+    __slots__ = (
+        *("name", "commit", "writes", "since", "_sessions", "_guests", "_outer", "_code", "_instruction"),
+        *("_state", "_colour", "_loop", "_joined", "_end", "__weakref__"),
+    )
+
+    def __init__(self, name: str | None = None, *, commit: Commit = None, writes: bool = True) -> None:
+        if name is not None and not isinstance(name, str):
+            raise ConfigurationError(f"a scope's name is a string, not {name!r}. Try scope({str(name)!r}).")
+        if commit is not None and commit != "on-success":
+            raise ConfigurationError(f'commit is None or "on-success", not {commit!r}.')
+        self.name = name
+        self.commit = commit
+        self.writes = writes
+        self._sessions: dict[Any, Any] = {}
+        self._state = _NEW
+
+    # -- entering and leaving ----------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Scope":
+        self._colour = _SYNC
+        self._enter(_getframe(1))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._sessions or self._state is not _OPEN:
+            try:
+                if self._state is _OPEN:
+                    self._settle(*run(self._conclude(error)), error)
+            finally:
+                self._leave()
+        else:
+            self._state = _ENDED
+            outer = self._outer
+            if _get() is self and (outer is None or outer._state is _OPEN):
+                _set(outer)
+            else:
+                self._leave()
+
+    async def __aenter__(self) -> "Scope":
+        self._colour = _ASYNC
+        self._enter(_getframe(1))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._sessions or self._state is not _OPEN:
+            try:
+                if self._state is _OPEN:
+                    await self._afinish(error)
+            finally:
+                self._leave()
+        else:
+            self._state = _ENDED
+            outer = self._outer
+            if _get() is self and (outer is None or outer._state is _OPEN):
+                _set(outer)
+            else:
+                self._leave()
+
+    def finish(self, *, veto: bool = False) -> None:
+        """End the work now, as leaving the block without an error does: commit on success, release the sessions.
+
+        For a caller that must know the outcome before it goes on, as a web server before the first byte leaves.
+        Leaving the block afterwards is harmless. Does nothing on a scope that is over.
+
+        Args:
+            veto: roll back an on-success scope although nothing was raised.
+        """
+        if self._state is _OPEN:
+            self.refuse_async("afinish()")
+            self._settle(*run(self._conclude(None, veto=veto)), None)
+
+    async def afinish(self, *, veto: bool = False) -> None:
+        """Async version of `finish`."""
+        if self._state is _OPEN:
+            await self._afinish(None, veto=veto)
+
+    async def _afinish(self, error: BaseException | None, *, veto: bool = False) -> None:
+        plan = self._conclude(error, veto=veto)
+        if any(life_of(session).taken is not None or _in_transaction(session) for session in self._all()):
+            # In a task of its own: however often this one is cancelled, what is held is given back.
+            work = asyncio.ensure_future(arun(plan))
+            outcome = await to_completion(work, forward=self.commit is not None and error is None)
+        else:
+            outcome = await arun(plan)  # nothing is held: this never suspends
+        failure, hooks = outcome
+        self._raise(failure, error)
+        if hooks:
+            await arun(settle(hooks, error))
+
+    def _settle(self, failure: BaseException | None, hooks: list[Hook], error: BaseException | None) -> None:
+        self._raise(failure, error)
+        if hooks:
+            run(settle(hooks, error))
+
+    def _enter(self, frame: FrameType, *, block: bool = True) -> None:
+        code = frame.f_code
+        if block and (code.co_flags & _IN_GENERATOR or code.co_filename == _CONTEXTLIB):
+            frame = _refuse_generator(frame)
+            code = frame.f_code
+        self._open(code, frame.f_lasti)
+
+    def _open(self, code: CodeType | None, instruction: int) -> None:
+        if self._state is not _NEW:
+            raise ScopeMisuseError(
+                f"{self.describe()} was entered again at {spell(here())}; it is {self._state.value}.\n"
+                "A scope serves one piece of work. Make a new one for each: `with scope(): ...`."
+            )
+        outer = _get()
+        if outer is not None and outer._state is _ENDED:
+            outer = outer._nearest_open()
+        self._outer = outer
+        self._code: CodeType | None = code
+        self._instruction = instruction
+        self.since = _monotonic()
+        self._state = _OPEN
+        _set(self)
+
+    def _leave(self) -> None:
+        """Make the outer scope current again, where this one still is; the sessions are released already."""
+        current = _get()
+        if current is self:
+            outer = self._outer
+            _set(outer if outer is None or outer._state is not _ENDED else outer._nearest_open())
+        elif current is not None and current._state is _OPEN and current._inside(self):
+            warnings.warn(
+                f"{self.describe()} ended before {current.describe()}, which was opened inside of it and is still "
+                "open. Leave scopes in the reverse order of entering them.",
+                ScopeWarning,
+                stacklevel=3,
+            )
+
+    def _nearest_open(self) -> "Scope | None":
+        scope: Scope | None = self
+        while scope is not None and scope._state is _ENDED:
+            scope = scope._outer
+        return scope
+
+    def _inside(self, other: "Scope") -> bool:
+        scope: Scope | None = self
+        while scope is not None and scope is not other:
+            scope = scope._outer
+        return scope is other
+
+    # -- sessions ----------------------------------------------------------------------------------------------
+
+    def open(self, source: Any, options: dict[str, Any] | None = None) -> Any:
+        """The scope's session for `source`, made now if there is none yet. Users call `db.session()`."""
+        session = self._sessions.get(source)
+        if session is not None:
+            return session
+        if self._state is _ENDED:
+            raise self.ended_error(source.name)
+        if source.is_async and self._colour is _SYNC:
+            raise NoScopeError(
+                f"an async session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was "
+                "opened with `with`.\nOpen it with `async with scope():`, so that its end can be awaited."
+            )
+        session = source.make(self, options)
+        if source.is_async:
+            self._loop = running_loop()
+        if self.commit is not None:
+            title = f"the transaction of {self.describe()}"
+            life_of(session).own(Owner(title, self.place, immediate=self.writes))
+        return self._sessions.setdefault(source, session)  # another thread of the same work may have been faster
+
+    def has(self, source: Any) -> bool:
+        """Whether this scope has opened a session for `source`."""
+        return source in self._sessions
+
+    def forget(self, source: Any) -> Any | None:
+        """Take the session for `source` out of the scope: the caller ends it, the next look-up makes a new one."""
+        return self._sessions.pop(source, None)
+
+    def put(self, source: Any, session: Any) -> None:
+        """Make `session` the scope's session for `source`."""
+        self._sessions[source] = session
+
+    def guest(self, key: Any) -> Any | None:
+        """The object that `keep` was given for `key`, while the scope is open."""
+        guests: dict[Any, tuple[Any, Callable[[], None]]] | None = getattr(self, "_guests", None)
+        kept = None if guests is None else guests.get(key)
+        return None if kept is None else kept[0]
+
+    def keep(self, key: Any, thing: Any, close: Callable[[], None]) -> None:
+        """Tie something to this scope that other code made: `close()` is called when the scope ends.
+
+        For registries of sessions that are not a `Database`'s.
+        """
+        if self._state is _ENDED:
+            raise self.ended_error(repr(key))
+        if getattr(self, "_guests", None) is None:
+            self._guests: dict[Any, tuple[Any, Callable[[], None]]] = {}
+        self._guests[key] = (thing, close)
+        self._sessions.setdefault(_Guests, _Guests)  # or leaving would take the short way
+
+    def dismiss(self, key: Any) -> None:
+        """Untie what `keep` tied; its `close()` is not called."""
+        guests = getattr(self, "_guests", None)
+        if guests is not None:
+            guests.pop(key, None)
+
+    def outer_lives(self, source: Any) -> Sequence[Lifecycle]:
+        """The lives, in the scopes around this one, of sessions of `source` that cannot go on before this work ends."""
+        found: list[Lifecycle] = []
+        scope, waits = self._outer, getattr(self, "_joined", None) is not None
+        me = worker()
+        while scope is not None:
+            session = scope._sessions.get(source)
+            if session is not None:
+                life = life_of(session)
+                if waits or life.user == me:
+                    found.append(life)
+            waits = waits or getattr(scope, "_joined", None) is not None
+            scope = scope._outer
+        return found
+
+    def refuse_async(self, instead: str) -> None:
+        """Raise if ending this scope needs an await, because it has async sessions that hold a connection."""
+        for source, session in self._sessions.items():
+            if session is not _Guests and source.is_async and _in_transaction(session):
+                raise ScopeMisuseError(
+                    f"{self.describe()} was to be ended at {spell(here())} by a call that cannot wait, but it holds a "
+                    f"connection of the async {source.name}. Use `await {instead}`."
+                )
+
+    def held(self, source: Any) -> tuple[int, bool]:
+        """How many connections of `source` the calling work holds, and whether it is a part of a fan-out over it.
+
+        In a part, what its own scopes hold; what is held further out is its caller's to count.
+        """
+        count, scope = 0, cast("Scope | None", self)
+        while scope is not None:
+            session = scope._sessions.get(source)
+            if session is not None and life_of(session).taken is not None:
+                count += 1
+            if getattr(scope, "_joined", None) is source:
+                return count, True
+            scope = scope._outer
+        return count, False
+
+    def _all(self) -> list[Any]:
+        return [session for session in self._sessions.values() if session is not _Guests]
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def _conclude(
+        self, error: BaseException | None, *, veto: bool = False
+    ) -> Plan[tuple[BaseException | None, list[Hook]]]:
+        """Commit if that is this scope's to do, release every session, and tell what failed and which hooks are due."""
+        self._state = _ENDING
+        sessions = self._all()
+        failure: BaseException | None = None
+        committed: list[Any] = []
+        lost: list[tuple[Any, Any]] = []
+        if error is None and not veto:
+            managed = [s for s in sessions if (owner := life_of(s).owner) is not None and not owner.reader]
+            try:
+                yield from _commit(managed, committed, self)
+            except BaseException as problem:
+                failure = problem
+            lost = [
+                (source, place)
+                for source, s in self._sessions.items()
+                if s not in managed and (place := _unsaved(s)) is not None
+            ]
+        guests = getattr(self, "_guests", None)
+        self._state = _ENDED
+        self._sessions.clear()
+        end = End(self.describe(), "it ended", here())
+        for session in sessions:
+            end_life(session, end)
+        hooks: list[Hook] = []
+        for session in sessions:
+            try:
+                yield OnSession(session, release)
+            except BaseException as problem:
+                failure = _first(failure, problem)
+            hooks += life_of(session).take_hooks(committed=session in committed)
+            life_of(session).home = None
+        for thing, close in (guests or {}).values():
+            try:
+                yield OnSession(thing, _ignoring(close))
+            except BaseException as problem:
+                failure = _first(failure, problem)
+        for source, place in lost:
+            failure = self._report(source, place, failure)
+        return failure, hooks
+
+    def _report(self, source: Any, place: Any, failure: BaseException | None) -> BaseException | None:
+        policy = source.uncommitted
+        if policy == "off":
+            return failure
+        what = f"the first at {spell(place)}" if isinstance(place, tuple) else place
+        message = (
+            f"{self.describe()} ended with writes to {source.name} that nobody committed ({what}); they are rolled "
+            "back.\nWrite inside `with db.transaction():`, or call `session.commit()`; `session.rollback()` says that "
+            "they are meant to go."
+        )
+        if policy == "raise":
+            return _first(failure, UncommittedWritesError(message))
+        try:
+            warnings.warn(message, UncommittedWrites, stacklevel=2)
+        except UncommittedWrites as raised:  # warnings are errors here
+            return _first(failure, raised)
+        return failure
+
+    def _raise(self, failure: BaseException | None, error: BaseException | None) -> None:
+        """Let the first error through: the user's, if there is one."""
+        if failure is None:
+            return
+        if error is None or not isinstance(failure, Exception):
+            raise failure
+        error.add_note(f"and {self.describe()} failed to release its sessions: {failure!r}")
+
+    # -- what people read --------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Place | None:
+        """Where the scope was opened; None if nobody opened it, or nobody has yet."""
+        code = getattr(self, "_code", None)
+        return None if code is None else (code, self._instruction)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the scope is over."""
+        return self._state is _ENDED
+
+    def describe(self) -> str:
+        """The scope as errors name it: its name, and the line that opened it."""
+        place = self.place
+        if place is None:
+            return f"scope {self.name!r}" if self.name else "a scope"
+        return f"scope {self.name!r} (opened at {spell(place)})" if self.name else f"the scope opened at {spell(place)}"
+
+    def ended_error(self, wanted: str) -> ScopeEndedError:
+        """The error for work that inherited this scope and outlived it."""
+        return ScopeEndedError(
+            f"a session of {wanted} was asked for by {name_of(worker())} at {spell(here())} in {self.describe()}, "
+            "which has ended.\nWork that outlives a scope (a background task, a stream, a thread) opens its own: "
+            "`with scope(): ...`, or `async with`, and is handed ids instead of objects."
+        )
+
+    def __repr__(self) -> str:
+        age = f", opened {ago(self.since)}" if self._state is _OPEN else ""
+        return f"<{self.describe()}: {self._state.name.lower()}{age}>"
+
+
+scope = Scope
+
+
+class PlacedScope(Scope):
+    """A scope that dbscope opens in the user's name: for a hook, a pass, a part of a fan-out, an id.
+
+    Args:
+        name: what errors and the live view call this work.
+        place: the user's line that asked for it.
+        joined: the database over which the work around this one fans out: it waits for this, and holds its locks
+            meanwhile.
+    """
+
+    __slots__ = ("_given",)
+
+    def __init__(
+        self, name: str, place: Place | None, *, commit: Commit = None, writes: bool = True, joined: Any = None
+    ) -> None:
+        super().__init__(name, commit=commit, writes=writes)
+        self._given = place
+        self._joined = joined
+
+    def __enter__(self) -> "Scope":
+        self.enter(_SYNC)
+        return self
+
+    async def __aenter__(self) -> "Scope":
+        self.enter(_ASYNC)
+        return self
+
+    def enter(self, colour: Colour) -> None:
+        """Open the scope and make it current."""
+        self._colour = colour
+        self._open(*(self._given or (None, 0)))
+
+
+def current_scope() -> Scope | None:
+    """The scope that this code runs in, or None; an ended one that was inherited counts as none."""
+    found = _get()
+    return None if found is None or found._state is _ENDED else found
+
+
+class _Guests:
+    """Stands among a scope's sessions while something is tied to it by `keep`."""
+
+
+def _first(first: BaseException | None, later: BaseException) -> BaseException:
+    if first is None:
+        return later
+    first.add_note(f"and then: {later!r}")
+    return first
+
+
+def _ignoring(close: Callable[[], None]) -> Callable[[Session], None]:
+    return lambda _: close()
+
+
+def _in_transaction(session: Any) -> bool:
+    return bool(session.in_transaction())
+
+
+def _unsaved(session: Any) -> Any:
+    return None if session is _Guests else life_of(session).unsaved(getattr(session, "sync_session", session))
+
+
+def _commit(sessions: list[Any], committed: list[Any], home: Scope) -> Plan[None]:
+    """Commit the sessions of an on-success scope, in the order of first use, after all of them have flushed."""
+    for session in sessions:
+        life = life_of(session)
+        if life.doom is not None:
+            raise life.rollback_only(life.doom)
+    if len(sessions) > 1:
+        for session in sessions:
+            if _in_transaction(session):
+                yield OnSession(session, Session.flush)
+    for session in sessions:
+        life = life_of(session)
+        if _in_transaction(session):
+            try:
+                yield OnSession(session, commit_owned)
+            except BaseException as problem:
+                if not committed or not isinstance(problem, Exception):
+                    raise
+                done = tuple(life_of(s).source for s in committed)
+                rest = tuple(life_of(s).source for s in sessions if s not in committed)
+                raise PartialCommit(
+                    f"{home.describe()} committed {', '.join(s.name for s in done if s)}, and then the commit of "
+                    f"{', '.join(s.name for s in rest if s)} failed: {problem}.\n"
+                    "What is committed stays; repeat or compensate the rest.",
+                    done,
+                    rest,
+                ) from problem
+        committed.append(session)
+
+
+def commit_owned(session: Session) -> None:
+    """Commit as the owner of the managed transaction.
+
+    Raises:
+        RollbackOnlyError: somebody rolled back inside of it meanwhile (a flush may call the user's listeners).
+    """
+    life = life_of(session)
+    life.acting = True
+    try:
+        session.commit()
+    finally:
+        life.acting = False
+
+
+# -- generators --------------------------------------------------------------------------------------------------
+
+# Who resumes a generator that is no loop: the block between its halves is then somebody's `with`, and always closed.
+_DRIVERS = frozenset({"contextlib", "_pytest.fixtures", "pytest_asyncio.plugin", "anyio.pytest_plugin"})
+# These run functions in a copy of the context: a scope entered by one is current for nobody.
+_COPIES = frozenset({"anyio._backends._asyncio", "concurrent.futures.thread", "threading"})
+
+
+def _refuse_generator(frame: FrameType) -> FrameType:
+    """The user's frame behind `frame`; raise if a scope that is entered in it would leak out of a generator."""
+    if frame.f_code.co_filename == _CONTEXTLIB:  # ExitStack.enter_context
+        found: FrameType | None = frame
+        while found is not None and found.f_code.co_filename == _CONTEXTLIB:
+            found = found.f_back
+        if found is None:
+            return frame
+        frame = found
+    flags = frame.f_code.co_flags
+    if not flags & _IN_GENERATOR:
+        return frame
+    driver = frame.f_back
+    module = "" if driver is None else driver.f_globals.get("__name__", "")
+    where = spell((frame.f_code, frame.f_lasti))
+    if module in _DRIVERS:
+        above = None if driver is None else driver.f_back
+        if flags & CO_GENERATOR and above is not None and above.f_globals.get("__name__", "") in _COPIES:
+            raise ScopeMisuseError(
+                f"a scope was opened at {where}, in a sync generator whose halves are run by worker threads, each in a "
+                "context of its own: no endpoint would ever see it.\nLet the application open a scope for each "
+                "request (dbscope.integrations.asgi.ScopeMiddleware), or make the generator an `async def`."
+            )
+        return frame
+    if flags & CO_ASYNC_GENERATOR and module in _COPIES:
+        return frame  # AnyIO's own runner of async fixtures
+    raise ScopeMisuseError(
+        f"a scope was opened at {where}, in the frame of generator {frame.f_code.co_name}(): it would become the "
+        "scope of whoever iterates, and a `break` would leave it open.\nOpen the scope around the loop, or decorate "
+        f"{frame.f_code.co_name} with @contextmanager (or @asynccontextmanager) and use it in a `with`."
+    )
+
+
+# -- the implicit scope of a thread ------------------------------------------------------------------------------
+
+
+class _Tenure:
+    """Held by a thread's local storage alone, so that the implicit scope ends with its thread."""
+
+    def __init__(self, home: Scope) -> None:
+        self.home = home
+        self.pid = os.getpid()
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
+        if self.pid != os.getpid():
+            _inherited.append(self.home)  # in a fork's child: closing would speak on the parent's connection
+        else:
+            end_implicit(self.home)
+
+
+class _Thread(threading.local):
+    home: Scope | None = None
+    tenure: _Tenure | None = None
+
+
+_thread = _Thread()
+_inherited: list[Any] = []
+
+
+def end_implicit(home: Scope) -> None:
+    """End a thread's implicit scope."""
+    if home._state is _OPEN:
+        failure, hooks = run(home._conclude(None))
+        home._raise(failure, None)
+        run(settle(hooks, None))
+
+
+def implicit_scope() -> Scope | None:
+    """This thread's implicit scope, if it has one."""
+    home = _thread.home
+    return None if home is None or home._state is _ENDED else home
+
+
+def open_implicit(source: Any) -> Scope:
+    """This thread's implicit scope (this greenlet's under gevent), opened if there is none yet.
+
+    Raises:
+        NoScopeError: in a running task: whatever runs next on this thread would share the session.
+    """
+    if running_loop() is not None and not _in_ipython():
+        raise NoScopeError(
+            f"a session of {source.name} was asked for by {name_of(worker())} at {spell(here())}, outside of every "
+            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`."
+        )
+    home = implicit_scope()
+    if home is None:
+        home = Scope(f"thread {threading.current_thread().name}")
+        home._colour = _IMPLICIT
+        home._outer = None
+        home.since = _monotonic()
+        home._state = _OPEN
+        _thread.home = home
+        _thread.tenure = _Tenure(home)
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(end_implicit, home)  # its storage is only cleared when it is too late to warn
+    return home
+
+
+def _in_ipython() -> bool:
+    """Whether the running task is a cell of IPython's: its loop runs one at a time, as a thread does."""
+    module = sys.modules.get("IPython")
+    return module is not None and module.get_ipython() is not None
+
+
+def forget_implicit(parent: int) -> None:
+    """In the child of a fork: the implicit scope of the thread that forked is the parent's."""
+    if _thread.home is not None:
+        disinherit(_thread.home, parent)
+        if _thread.tenure is not None:
+            _inherited.append(_thread.tenure)
+        _thread.home = _thread.tenure = None
+
+
+def disinherit(home: Scope, parent: int) -> None:
+    """In the child of a fork: make a scope of the parent's dead, and never speak on its connections."""
+    end = End(home.describe(), f"it belongs to process {parent}", pid=parent)
+    for session in home._all():
+        end_life(session, end)
+        life_of(session).released = True
+    _inherited.append(dict(home._sessions))
+    home._sessions.clear()
+
+
+def open_scopes_of_this_context() -> list[Scope]:
+    """The open scopes that this code runs in, the innermost first."""
+    found: list[Scope] = []
+    home = current_scope()
+    while home is not None:
+        found.append(home)
+        home = home._outer
+    return found

@@ -1,0 +1,91 @@
+"""What SQLite needs to keep its promises: a BEGIN of our own, and sane settings for connections.
+
+Python's sqlite3 begins implicitly, and only before a write: two SELECTs of one transaction may then see different
+data, and a savepoint opens no transaction at all. Here each transaction begins, explicitly, with its first statement;
+those that are going to write say so, so that "database is locked" waits for its time-out instead of failing at once.
+"""
+
+import sqlite3
+import uuid
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+
+from dbscope.statements import Kind
+
+
+def is_memory(url: URL) -> bool:
+    """Whether the URL names a database in memory."""
+    database = url.database or ""
+    return database in ("", ":memory:") or "mode=memory" in str(url) or database.startswith("file::memory:")
+
+
+class Memory:
+    """A database in memory that outlives its connections, and that one connection at a time uses.
+
+    SQLAlchemy binds `sqlite://` to a thread: each would see a database of its own, and a connection that had to be
+    thrown away would take all data with it. Here one idle connection keeps the data, and the pool has room for one:
+    two transactions on one SQLite connection would commit and roll back each other's work.
+    """
+
+    def __init__(self, url: URL) -> None:
+        name = f"file:dbscope-{uuid.uuid4().hex}"
+        self.url = url.set(database=name, query={"mode": "memory", "cache": "shared", "uri": "true"})
+        self._keeper = sqlite3.connect(f"{name}?mode=memory&cache=shared", uri=True, check_same_thread=False)
+
+    def close(self) -> None:
+        """Let the data go."""
+        self._keeper.close()
+
+
+def pool_options(url: URL, memory: Memory | None) -> dict[str, Any]:
+    """What `create_engine` is told beyond the user's options."""
+    if memory is None:
+        return {}
+    pool = AsyncAdaptedQueuePool if url.get_dialect().is_async else QueuePool
+    return {"poolclass": pool, "pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
+
+
+def set_up(engine: Engine, memory: Memory | None) -> None:
+    """Foreign keys are enforced; files use write-ahead logging, so that readers and the one writer do not block."""
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys = ON")
+        if memory is None:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.close()
+
+
+# These refuse to run inside of a transaction, or do nothing in one.
+_OUTSIDE = ("vacuum", "attach", "detach")
+
+
+def mode(connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
+    """The BEGIN that has to come before a statement, or None if a transaction is open or none is wanted."""
+    driver: Any = connection.connection.driver_connection
+    if driver.in_transaction or kind is Kind.CONTROL or kind is Kind.SETTING:
+        return None
+    if driver.isolation_level is None or text[:10].lstrip().lower().startswith(_OUTSIDE):
+        return None  # AUTOCOMMIT was asked for
+    return "BEGIN IMMEDIATE" if immediate or kind is Kind.WRITE else "BEGIN"
+
+
+def restart(session: Session) -> None:
+    """End the transaction that a session has read in, and begin a writing one, below the session's own state.
+
+    What is pending stays pending. What was read before may be stale now, and is read again where it is used next,
+    unless the session keeps loaded state after a commit, too (`expire_on_commit=False`).
+    """
+    connection = session.connection()
+    connection.exec_driver_sql("COMMIT")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if session.expire_on_commit:
+        changed = {id(item) for items in (session.dirty, session.deleted) for item in items}
+        for item in session.identity_map.values():
+            if id(item) not in changed:
+                session.expire(item)

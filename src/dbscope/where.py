@@ -1,0 +1,117 @@
+"""Which line of the user's code asks, and which thread or task: recorded cheaply, spelled out on request."""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from asyncio import events as _events
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, TypeAlias
+
+# A line, as cheap as it gets: turning the instruction into a line number is left to whoever wants to read it,
+# and the frame itself is never kept, for it would keep its locals alive.
+Place: TypeAlias = tuple[CodeType, int]
+Worker: TypeAlias = int | asyncio.Task[Any]
+
+running_loop = _events._get_running_loop  # the C function: get_running_loop() without the exception
+thread_id = threading.get_ident
+
+# Frames of these packages are on the way between the user's line and ours.
+_BETWEEN = frozenset({"sqlalchemy", "sqlmodel", "dbscope", "contextlib", "asyncio", "concurrent", "threading", "runpy"})
+_between: dict[str, bool] = {}
+
+
+def _is_between(frame: FrameType) -> bool:
+    """Whether this frame belongs to the machinery rather than to the user, remembered by file name."""
+    name = frame.f_code.co_filename
+    if name.startswith("<"):  # generated code: many modules share the name
+        return _root(frame) in _BETWEEN
+    known = _between.get(name)
+    if known is None:
+        known = _between[name] = _root(frame) in _BETWEEN
+    return known
+
+
+def _root(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """The nearest frame of the user's at or above `frame`; in async code, across the greenlet's edge."""
+    greenlet: Any = None
+    while True:
+        while frame is not None:
+            if not _is_between(frame):
+                return frame
+            frame = frame.f_back
+        # Under AsyncSession the stack ends where its greenlet began; the user waits in the greenlet's parent.
+        if greenlet is None:
+            module = sys.modules.get("greenlet")
+            if module is None:
+                return None
+            greenlet = module.getcurrent()
+        greenlet = greenlet.parent
+        if greenlet is None:
+            return None
+        frame = greenlet.gr_frame
+
+
+def place_of(frame: FrameType | None) -> Place | None:
+    """The user's line at or above `frame`."""
+    found = user_frame(frame)
+    return None if found is None else (found.f_code, found.f_lasti)
+
+
+def here() -> Place | None:
+    """The user's line that led to this call."""
+    return place_of(sys._getframe(1))
+
+
+def spell(place: Place | None) -> str:
+    """A place as `orders.py:88`, relative to the working directory where that is shorter."""
+    if place is None:
+        return "an unknown line"
+    code, instruction = place
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= instruction < end and number is not None:
+            line = number
+    name = code.co_filename
+    try:
+        shorter = os.path.relpath(name, Path.cwd())
+    except (OSError, ValueError):  # the folder is gone, or on another drive
+        shorter = name
+    return f"{name if shorter.startswith('..') else shorter}:{line}"
+
+
+def worker() -> Worker:
+    """Who runs now: the task on a running loop, elsewhere the thread (under gevent the greenlet)."""
+    loop = running_loop()
+    if loop is None:
+        return thread_id()
+    return asyncio.current_task(loop) or thread_id()
+
+
+def task_now() -> asyncio.Task[Any] | None:
+    """The running task, if a loop is running in this thread."""
+    loop = running_loop()
+    return None if loop is None else asyncio.current_task(loop)
+
+
+def name_of(who: Worker | None) -> str:
+    """A worker as a person would name it."""
+    if who is None:
+        return "another thread or task"
+    if isinstance(who, int):
+        for thread in threading.enumerate():
+            if thread.ident == who:
+                return f"thread {thread.name!r}"
+        return f"thread {who}"
+    return f"task {who.get_name()!r}"
+
+
+def ago(since: float) -> str:
+    """The age of a `time.monotonic()` reading, for people."""
+    return f"{time.monotonic() - since:.1f} s ago"
