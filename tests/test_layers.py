@@ -133,7 +133,7 @@ def test_imports_point_down():
         ("events.py", "from .scope import Scope", "events imports scope, which is not below it"),
         ("events.py", "from . import scope", "events imports scope, which is not below it"),
         ("events.py", "import dbscope.scope", "events imports scope, which is not below it"),
-        ("ids.py", "from dbscope import registry", "ids imports registry, which is not below it"),
+        ("hooks.py", "from dbscope import scope", "hooks imports scope, which is not below it"),
         ("scope.py", "from dbscope import Database", "scope imports __init__, which is not below it"),
         ("guards/held.py", "from ..monitor import Monitor", "guards imports monitor, which is not below it"),
         ("monitor/__init__.py", "from dbscope.cli.top import main", "monitor imports cli, which is not below it"),
