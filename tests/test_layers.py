@@ -21,6 +21,7 @@ FLOORS = [
         "statements",
         "plan",
         "hooks",
+        "lockwatch",
         "lifecycle",
         "scope",
         "ids",

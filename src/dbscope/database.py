@@ -20,6 +20,7 @@ from dbscope.fanout import Slots, fan_out
 from dbscope.hooks import Hook, Outcome, settle, title
 from dbscope.instrument import instrument_engine, instrument_sessions
 from dbscope.lifecycle import Lifecycle, ScopedSession, adopt, derive, life_of
+from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
 from dbscope.registry import SessionRegistry
 from dbscope.scope import Scope, current_scope, implicit_scope
@@ -75,6 +76,7 @@ class BaseDatabase:
         self.place: Place | None = here()
         self.own_begin = url is not None and sync.dialect.name == "sqlite"
         self.one_writer = sync.dialect.name == "sqlite"
+        self.knows_waits = knows_waits(sync.dialect.name)
         self.holders: set[ref[Lifecycle]] = set()
         self._loose: WeakSet[Session] = WeakSet()
         self.slots = Slots(self)
@@ -438,6 +440,8 @@ def url_of(target: Any, *, is_async: bool) -> URL:
             f"SQLAlchemy knows no database {url.drivername!r}. Check the part of the URL before '://', "
             "or install the package that brings it."
         ) from None
+    if is_async:
+        dialect = dialect.get_async_dialect_cls(url)  # psycopg's name stands for both colours
     if dialect.is_async != is_async:
         found, wanted, example = (
             ("a sync", "an async", "sqlite+aiosqlite:// or postgresql+asyncpg://")

@@ -35,6 +35,8 @@ def before_statement(cursor: Any, statement: str, parameters: Any, context: Any)
         life = session._dbscope
         if what is not _READ or life.doom is not None:
             life.statement(session, what, statement)
+        if life.beside and life.watch is None:
+            life.watch_locks(context.root_connection)
 
 
 def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, context: Any) -> None:

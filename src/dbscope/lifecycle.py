@@ -14,7 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from weakref import ref
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from dbscope.errors import (
@@ -29,6 +29,7 @@ from dbscope.errors import (
     TransactionInProgress,
 )
 from dbscope.hooks import Hook
+from dbscope.lockwatch import LockWatch, backend_of
 from dbscope.statements import Kind
 from dbscope.where import Place, Worker, ago, here, name_of, spell, task_now, worker
 
@@ -58,6 +59,7 @@ class Source(Protocol):
 
     name: str
     one_writer: bool
+    knows_waits: bool
     holders: set["ref[Lifecycle]"]
 
     def capacity(self) -> float:
@@ -153,7 +155,10 @@ class Lifecycle:
     taken: Place | None = None  # the line that took the connection
     since = 0.0  # when it did, on the monotonic clock
     user: Worker | None = None  # who used the session last, or is using it
+    connection: "Connection | None" = None  # while a transaction is open on it
+    beside: "tuple[Lifecycle, ...]" = ()  # open transactions of the same work, whose locks this one must not wait for
     backend: int | None = None  # the server's process, where it was asked for
+    watch: LockWatch | None = None  # over the statement that is running
     shared: "Connection | None" = None  # a connection of somebody else's that sessions share (tests)
     _ref: "ref[Lifecycle] | None" = None
 
@@ -243,10 +248,13 @@ class Lifecycle:
     def began(self, session: Session, connection: "Connection") -> None:
         """The session took a connection and began on it."""
         cast("Any", connection)._dbscope = session  # its statements find their session here
+        self.connection = connection
         self.taken = here()
         self.since = time.monotonic()
-        source = self.source
+        source, home = self.source, self.home
         if source is not None:
+            if source.knows_waits and home is not None:
+                self.beside = tuple(life for life in home.outer_lives(source) if life.connection is not None)
             mine = self._ref = ref(self, source.holders.discard)
             source.holders.add(mine)
 
@@ -268,6 +276,25 @@ class Lifecycle:
             if self.source is not None and self.source.one_writer:
                 self.refuse_second_writer()
             self.note_write(session)
+
+    def watch_locks(self, connection: Any) -> None:
+        """A statement is about to run that may wait for a lock of the transactions around this one."""
+        if self.backend is None:
+            self.backend = backend_of(connection)
+        self.watch = LockWatch(self.backend, [life.connection for life in self.beside if life.connection is not None])
+
+    def blocked(self, watch: LockWatch) -> SelfBlockedError | None:
+        """The error for a statement that was cancelled because its own work held the lock, if that is why."""
+        for life in self.beside:
+            if life.connection is watch.blocked_by:
+                held = life.writes[0].place if life.writes else life.taken
+                return SelfBlockedError(
+                    f"{self.home.describe() if self.home else 'a session'} waited at {spell(here())} for a lock that "
+                    f"the transaction around it has held since {spell(held)}.\n"
+                    "Waiting could never end. Join the outer transaction (`transaction()` without `new=True`), or do "
+                    "this after it has ended (`on_commit`)."
+                )
+        return None
 
     def note_write(self, session: Session) -> None:
         """Remember the first write of each task in each savepoint."""
@@ -318,8 +345,8 @@ class Lifecycle:
             self.writes = ()
         if self.owner is not None and not self.acting:
             self.doom = Doom("its transaction was rolled back", here(), None)
-        self.taken = None
-        self.backend = None
+        self.taken = self.connection = self.backend = None
+        self.beside = ()
 
     def take_hooks(self, *, committed: bool) -> list[Hook]:
         """The hooks that the outcome calls for; the others are dropped."""
@@ -425,8 +452,11 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             if life.shared is not None:
                 cast("Any", life.shared)._dbscope = session
             return use(session, *args, **kwargs)
-        except OperationalError as error:
+        except DBAPIError as error:
             _explain(life, error)
+            watch = life.watch
+            if watch is not None and watch.blocked_by is not None and (own := life.blocked(watch)) is not None:
+                raise own from error
             raise
         except Exception:
             raise
@@ -434,6 +464,9 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             life.broken = True
             raise
         finally:
+            if life.watch is not None:
+                life.watch.stop()
+                life.watch = None
             turn.release()
             if life.ended is not None and not life.acting:
                 release(session)  # the scope ended meanwhile, and left the session to its user
@@ -451,7 +484,7 @@ def _refuse_fork(life: Lifecycle) -> None:
     )
 
 
-def _explain(life: Lifecycle, error: OperationalError) -> None:
+def _explain(life: Lifecycle, error: DBAPIError) -> None:
     """Add to SQLite's "database is locked" what came first, where the lock could not be waited for."""
     if "database is locked" in str(error.orig) and life.taken is not None and not life.writes and life.owner is None:
         error.add_note(

@@ -317,8 +317,11 @@ class Scope:
 
     def outer_lives(self, source: Any) -> Sequence[Lifecycle]:
         """The lives, in the scopes around this one, of sessions of `source` that cannot go on before this work ends."""
+        if self._outer is None:
+            return ()
         found: list[Lifecycle] = []
-        scope, waits = self._outer, getattr(self, "_joined", None) is not None
+        scope: Scope | None = self._outer
+        waits = getattr(self, "_joined", None) is not None
         me = worker()
         while scope is not None:
             session = scope._sessions.get(source)

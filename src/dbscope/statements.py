@@ -52,7 +52,7 @@ def _classify(sql: str) -> Kind:
             upper = sql.upper()
             if not any(verb in upper for verb in ("INTO", "INSERT", "UPDATE", "DELETE", "MERGE")):
                 return Kind.READ
-    if any(mark in sql for mark in ("\\", "#", "$", "[", "--", "/*")):
+    if any(mark in sql for mark in ("\\", "#", "[", "--", "/*")):
         found = [
             _read(sql, _POSTGRESQL),
             _read(_MYSQL_RUNS.sub(r" \1 ", sql), _MYSQL),
@@ -77,6 +77,7 @@ def _strongest(kinds: Iterable[Kind]) -> Kind:
 # starts with a plain character, by which `re` finds the next candidate fast; hence lookbehinds after that character.
 _TEXT = r"'[^']*(?:'|\Z)"  # a doubled quote is two literals side by side, which changes nothing here
 _NAMES = r'"[^"]*(?:"|\Z)', r"`[^`]*(?:`|\Z)"
+_BRACKETS = r"\[(?:[^][\"'$/-]|[/-](?![*-])|\$(?!\w*\$))*\]"  # a name, or a subscript, which holds no keyword of ours
 _COMMENT = r"/\*.*?(?:\*/|\Z)"
 _NESTING = r"/\*(?:[^*/]+|\*(?!/)|/(?!\*)|{})*(?:\*/|\Z)"
 _ESCAPED = r"{0}[^{0}\\]*(?:(?:\\.|{0}{0})[^{0}\\]*)*(?:{0}|\Z)"
@@ -87,20 +88,28 @@ def _noise(*alternatives: str) -> re.Pattern[str]:
 
 
 _POSTGRESQL = _noise(
-    *(prefix + r"(?<!\w.)" + _ESCAPED.format("'") for prefix in "Ee"),
+    *(prefix + _ESCAPED.format("'") for prefix in "Ee"),
     r"\$(?<![\w$]\$)([^\W\d]\w*|)\$(?:.*?\$\1\$|.*)",
     r"--[^\r\n]*",
     _NESTING.format(_NESTING.format(_NESTING.format(_COMMENT))),
-    r"\[[^][\"'$/-]*\]",  # an array's subscript holds no keyword of ours, but somebody's [identifier] may
+    _BRACKETS,
     _TEXT,
     *_NAMES,
 )
-_MYSQL = _noise(_ESCAPED.format("'"), _ESCAPED.format('"'), _NAMES[1], r"--(?=[\0- ])[^\n]*", r"#[^\n]*", _COMMENT)
+_MYSQL = _noise(
+    _ESCAPED.format("'"),
+    _ESCAPED.format('"'),
+    _NAMES[1],
+    _BRACKETS,
+    r"--(?=[\0- ])[^\n]*",
+    r"#[^\n]*",
+    _COMMENT,
+)
 _MYSQL_RUNS = re.compile(r"/\*M?!\d*(.*?)(?:\*/|\Z)", re.DOTALL)  # a comment for all but MySQL and MariaDB
 _OTHERS = _noise(_TEXT, *_NAMES, r"\[[^]]*(?:\]|\Z)", r"--[^\n]*", _COMMENT)  # SQLite, SQL Server, Oracle
 
-# The end of a nested comment or a dollar quote, left over by a reading that does not know them.
-_STRAY = re.compile(r"\*/|\$(?<![\w$]\$)(?:[^\W\d]\w*)?\$")
+# What a wrong reading leaves over: the end of a nested comment, an escaped quote, a dollar quote.
+_STRAY = re.compile(r"\*/|\\|\$(?<![\w$]\$)(?:[^\W\d]\w*)?\$")
 
 
 def _read(sql: str, noise: re.Pattern[str]) -> tuple[bool, Kind]:
@@ -125,13 +134,12 @@ _OF_TRANSACTION = (
     r"|(?:NOT\s+)?DEFERRABLE)\b)"
 )
 _HAS_BODY = re.compile(
-    r"\s*(?:(?:CREATE|ALTER)\b.*?\b(?:TRIGGER|FUNCTION|PROC|PROCEDURE|EVENT)\b|WITH\s+(?:FUNCTION|PROCEDURE)\b"
-    rf"|BEGIN\b(?!{_OF_TRANSACTION}))",
+    r"\s*(?:(?:CREATE|ALTER)\b.*?\b(?:TRIGGER|FUNCTION|PROC|PROCEDURE|EVENT)\b|WITH\s+FUNCTION\b|BEGIN\b)",
     re.DOTALL,
 )
-_OPENS = re.compile(rf"BEGIN\b(?<![\w.:@$]BEGIN)(?!{_OF_TRANSACTION})")
+_OPENS = re.compile(rf"BEGIN\b(?<![\w.@$]BEGIN)(?<!\W:BEGIN)(?!{_OF_TRANSACTION})")
 # An END that closes a block follows a `;`, unlike that of a CASE expression or a column of that name.
-_CLOSES = re.compile(r"\s*END\b(?!\s+(?:IF|CASE|LOOP|WHILE|REPEAT|FOR)\b)")
+_CLOSES = re.compile(r"\s*END\b(?!\s+(?:IF|CASE|LOOP|WHILE|FOR)\b)")
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -139,11 +147,9 @@ def _statements(text: str) -> Iterator[str]:
     body: list[str] = []
     depth = 0
     for piece in text.split(";"):
-        if not depth and not _HAS_BODY.match(piece):
-            yield piece
-            continue
         body.append(piece)
-        depth += len(_OPENS.findall(piece)) - bool(_CLOSES.match(piece))
+        if depth or _HAS_BODY.match(piece):
+            depth += len(_OPENS.findall(piece)) - bool(_CLOSES.match(piece))
         if depth <= 0:
             yield ";".join(body)
             body, depth = [], 0
@@ -157,10 +163,11 @@ def _kind_of(statement: str) -> Kind:
     first = _FIRST_WORD.match(statement)
     if not first:
         return Kind.WRITE
-    statement = statement[first.start(1) :]
-    for pattern, kind in _CLOSER_LOOK.get(first[1], ()):
-        if pattern.search(statement):
-            return kind
+    if rules := _CLOSER_LOOK.get(first[1]):
+        spaced = " ".join(statement[first.start(1) :].split())
+        for pattern, kind in rules:
+            if pattern.search(spaced):
+                return kind
     return _BY_FIRST_WORD.get(first[1], Kind.WRITE)
 
 
@@ -185,34 +192,34 @@ _BY_FIRST_WORD = {
 
 # INTO stores what was selected, unless it goes to a variable; the other verbs follow a parenthesis where they head a
 # statement, unlike in FOR UPDATE. `:into` and `%(update)s` are parameters.
-_VERB = r"\s*(?:INSERT|UPDATE|DELETE|MERGE)\b"
-_STORES = rf"INTO\b(?<![\w:@$]INTO)(?<!%\(INTO)(?!\s*@)|\((?<!%\(){_VERB}|\){_VERB}"
-_QUERY = (_STORES, Kind.WRITE), (r"INTO\b(?<!\wINTO)\s*@", Kind.SETTING)
+_VERB = r" ?(?:INSERT|UPDATE|DELETE|MERGE)\b"
+_STORES = rf"INTO\b(?<![\w:@$]INTO)(?<!%\(INTO)(?! ?@)|\((?<!%\(){_VERB}|\){_VERB}"
 
 # For some first words, the first pattern found in the statement decides.
 _CLOSER_LOOK = {
-    word: [(re.compile(pattern, re.DOTALL), kind) for pattern, kind in rules]
+    word: [(re.compile(pattern), kind) for pattern, kind in rules]
     for words, rules in {
-        "SELECT WITH VALUES TABLE": _QUERY,
-        "COPY": ((_STORES, Kind.WRITE), (r"\bTO\s+STDOUT\b", Kind.READ)),
+        "SELECT WITH VALUES TABLE": ((_STORES, Kind.WRITE), (r"\bINTO ?@", Kind.SETTING)),
+        "COPY": ((_STORES, Kind.WRITE), (r"\bTO STDOUT\b", Kind.READ)),
         "DECLARE": ((_STORES, Kind.WRITE), (r"\bCURSOR\b", Kind.READ)),
-        "EXPLAIN": ((r"^EXPLAIN\s+PLAN\b", Kind.WRITE),),  # Oracle keeps plans in a table
+        "EXPLAIN": ((r"^EXPLAIN PLAN\b", Kind.WRITE),),  # Oracle keeps plans in a table
         "BEGIN": ((rf"^BEGIN{_OF_TRANSACTION}|\b(?:COMMIT|ROLLBACK)\b", Kind.CONTROL),),
-        "START PREPARE": ((r"^\w+\s+TRANSACTION\b", Kind.CONTROL),),
+        "START PREPARE": ((r"^\w+ TRANSACTION\b", Kind.CONTROL),),
         # T-SQL goes back to a savepoint with ROLLBACK TRANSACTION name, but SQLite ignores the name and ends the
         # transaction; the names SQLAlchemy gives tell them apart.
         "ROLLBACK": (
-            (r"^ROLLBACK(?:\s+(?:WORK|TRAN|TRANSACTION))?\s+TO\b", Kind.SAVEPOINT),
-            (r"^ROLLBACK\s+TRAN(?:SACTION)?\s+SA_SAVEPOINT_", Kind.SAVEPOINT),
+            (r"^ROLLBACK(?: WORK| TRANSACTION)? TO\b", Kind.SAVEPOINT),
+            (r"^ROLLBACK TRAN(?:SACTION)? SA_SAVEPOINT_", Kind.SAVEPOINT),
         ),
-        "LOCK": ((r"\b(?:TABLES|READ|WRITE)\b", Kind.CONTROL),),  # MySQL commits first; PostgreSQL has other words
-        "ALTER": ((r"^ALTER\s+SESSION\b", Kind.SETTING),),
+        "LOCK": ((r"\b(?:READ|WRITE)\b", Kind.CONTROL),),  # MySQL commits first; PostgreSQL has other words
+        "ALTER": ((r"^ALTER SESSION\b", Kind.SETTING),),
         "SET": (
-            (r"\bAUTOCOMMIT\s*(?::?=|TO\b|ON\b|OFF\b)|\bIMPLICIT_TRANSACTIONS\s+O", Kind.CONTROL),
-            (r"^SET\s+PASSWORD\b|\s(?:INSERT|UPDATE|DELETE|MERGE|EXEC|EXECUTE)\b", Kind.WRITE),
+            (r"\bAUTOCOMMIT ?:?=|\bIMPLICIT_TRANSACTIONS O", Kind.CONTROL),
+            # T-SQL statements that follow without a `;`
+            (r"^SET PASSWORD\b| (?:INSERT|UPDATE|DELETE|MERGE|EXEC|EXECUTE) ", Kind.WRITE),
         ),
         "PRAGMA": (
-            (r"\b(?:USER_VERSION|APPLICATION_ID|SCHEMA_VERSION)\s*[=(]", Kind.WRITE),
+            (r"\b(?:USER_VERSION|APPLICATION_ID|SCHEMA_VERSION) ?[=(]", Kind.WRITE),
             (r"\b(?:INCREMENTAL_VACUUM|OPTIMIZE|WAL_CHECKPOINT)\b", Kind.WRITE),
             (r"\b(?:(?:TABLE|INDEX)_(?:X?INFO|LIST)|FOREIGN_KEY_LIST)\b", Kind.READ),
             (r"\b(?:FOREIGN_KEY|QUICK|INTEGRITY)_CHECK\b", Kind.READ),
