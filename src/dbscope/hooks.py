@@ -3,12 +3,13 @@
 Each is called in a scope of its own, so that it may use the database; a failing one stops no other.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from dbscope.plan import Call, Plan
+from dbscope.plan import Call, Plan, arun, to_completion
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
@@ -72,3 +73,14 @@ def settle(hooks: Sequence[Hook], error: BaseException | None) -> Plan[None]:
     if len(failures) == 1:
         raise failures[0]
     raise ExceptionGroup(f"{len(failures)} hooks failed; the transaction stands", failures)
+
+
+async def asettle(hooks: Sequence[Hook], error: BaseException | None, cancelled: BaseException | None) -> None:
+    """Async version of `settle`; where this task was cancelled meanwhile, the hooks run to their end all the same.
+
+    The transaction has ended: what was to follow from that must not depend on when a cancel arrives.
+    """
+    if cancelled is None:
+        await arun(settle(hooks, error))
+    else:
+        await to_completion(asyncio.ensure_future(arun(settle(hooks, error or cancelled))))

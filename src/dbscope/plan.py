@@ -111,14 +111,35 @@ async def off_loop(function: Callable[[], T]) -> T:
     return await to_completion(work)
 
 
-async def to_completion(work: "asyncio.Future[T]", *, forward: bool = False) -> T:
-    """Wait for `work` until it is done, however often this task is cancelled meanwhile; then cancel.
+async def to_completion(work: "asyncio.Future[T]") -> T:
+    """Wait for `work` until it is done, however often this task is cancelled meanwhile; then cancel."""
+    cancelled = await _outlast(work, forward=False)
+    if cancelled is None:
+        return work.result()
+    if not work.cancelled() and work.exception() is not None:
+        cancelled.__context__ = work.exception()
+    raise cancelled
 
-    One `asyncio.shield` is not enough: a second cancel (AnyIO cancels again and again) would leave the work behind.
+
+async def finish(plan: Plan[T], *, forward: bool) -> tuple[T, asyncio.CancelledError | None]:
+    """Carry out a plan that gives something back, to its end, however often this task is cancelled meanwhile.
 
     Args:
-        work: a future or task.
-        forward: pass the first cancel on to the work (and only the first: what it does then is clean up).
+        plan: what to do; it catches what its steps raise.
+        forward: pass the first cancel on to the step that is under way (and only the first: what follows cleans up).
+
+    Returns:
+        the plan's result, and the cancel that is still to be raised, if there was one.
+    """
+    work = asyncio.ensure_future(arun(plan))
+    cancelled = await _outlast(work, forward=forward)
+    return work.result(), cancelled
+
+
+async def _outlast(work: "asyncio.Future[T]", *, forward: bool) -> asyncio.CancelledError | None:
+    """Wait until `work` is done; the last cancel of this task, if there was one.
+
+    One `asyncio.shield` is not enough: a second cancel (AnyIO cancels again and again) would leave the work behind.
     """
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
@@ -130,10 +151,6 @@ async def to_completion(work: "asyncio.Future[T]", *, forward: bool = False) -> 
             if cancelled is None and forward and not work.done():
                 work.cancel()
             cancelled = error
-        except BaseException:
-            pass
-    if cancelled is None:
-        return work.result()
-    if not work.cancelled() and work.exception() is not None:
-        cancelled.__context__ = work.exception()
-    raise cancelled
+        except BaseException:  # the work's own error, which its result tells
+            break
+    return cancelled

@@ -32,10 +32,10 @@ from dbscope.errors import (
     UncommittedWrites,
     UncommittedWritesError,
 )
-from dbscope.hooks import Hook, settle
+from dbscope.hooks import Hook, asettle, settle
 from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of, release
-from dbscope.plan import OnSession, Plan, arun, run, to_completion
-from dbscope.where import Place, ago, here, name_of, running_loop, spell, worker
+from dbscope.plan import OnSession, Plan, arun, finish, run
+from dbscope.where import Place, ago, here, line_of, name_of, running_loop, spell, worker
 
 __all__ = ["Scope", "current_scope", "scope"]
 
@@ -192,16 +192,18 @@ class Scope:
 
     async def _afinish(self, error: BaseException | None, *, veto: bool = False) -> None:
         plan = self._conclude(error, veto=veto)
-        if any(life_of(session).taken is not None or _in_transaction(session) for session in self._all()):
+        cancelled: asyncio.CancelledError | None = None
+        if any(_in_transaction(session) for session in self._all()):
             # In a task of its own: however often this one is cancelled, what is held is given back.
-            work = asyncio.ensure_future(arun(plan))
-            outcome = await to_completion(work, forward=self.commit is not None and error is None)
+            outcome, cancelled = await finish(plan, forward=self.commit is not None and error is None)
         else:
             outcome = await arun(plan)  # nothing is held: this never suspends
         failure, hooks = outcome
         self._raise(failure, error)
         if hooks:
-            await arun(settle(hooks, error))
+            await asettle(hooks, error, cancelled)
+        if cancelled is not None:
+            raise cancelled
 
     def _settle(self, failure: BaseException | None, hooks: list[Hook], error: BaseException | None) -> None:
         self._raise(failure, error)
@@ -417,8 +419,9 @@ class Scope:
         )
         if policy == "raise":
             return _first(failure, UncommittedWritesError(message))
+        file, line = line_of(place if isinstance(place, tuple) else self.place or here())
         try:
-            warnings.warn(message, UncommittedWrites, stacklevel=2)
+            warnings.warn_explicit(message, UncommittedWrites, file, line)
         except UncommittedWrites as raised:  # warnings are errors here
             return _first(failure, raised)
         return failure

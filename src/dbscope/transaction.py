@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 from dbscope import scope as _scope
 from dbscope import sqlite
 from dbscope.errors import ConfigurationError, ReadOnlyError, ScopeMisuseError, TransactionInProgress
-from dbscope.hooks import Hook, settle, title
+from dbscope.hooks import Hook, asettle, settle, title
 from dbscope.lifecycle import Lifecycle, Owner, life_of
-from dbscope.plan import OnSession, Plan, arun, run, to_completion
+from dbscope.plan import OnSession, Plan, arun, finish, run
 from dbscope.scope import Colour, PlacedScope, Scope, commit_owned, implicit_scope
 from dbscope.where import Place, here, place_of, running_loop, spell
 
@@ -253,14 +253,17 @@ class AsyncTransaction(_Block[SessionT]):
     ) -> None:
         try:
             plan = self._end(error)
+            cancelled: asyncio.CancelledError | None = None
             if self._part is not _Part.JOINED and self._session.in_transaction():
                 # In a task of its own: however often this one is cancelled, what is held is given back.
-                failure, hooks = await to_completion(asyncio.ensure_future(arun(plan)), forward=error is None)
+                (failure, hooks), cancelled = await finish(plan, forward=error is None)
             else:
                 failure, hooks = await arun(plan)
             self._outcome(failure, error)
             if hooks:
-                await arun(settle(hooks, error))
+                await asettle(hooks, error, cancelled)
+            if cancelled is not None:
+                raise cancelled
         finally:
             self._leave()
 

@@ -69,16 +69,23 @@ def here() -> Place | None:
     return place_of(sys._getframe(1))
 
 
-def spell(place: Place | None) -> str:
-    """A place as `orders.py:88`, relative to the working directory where that is shorter."""
+def line_of(place: Place | None) -> tuple[str, int]:
+    """The file and the line number of a place."""
     if place is None:
-        return "an unknown line"
+        return "<unknown>", 0
     code, instruction = place
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= instruction < end and number is not None:
             line = number
-    name = code.co_filename
+    return code.co_filename, line
+
+
+def spell(place: Place | None) -> str:
+    """A place as `orders.py:88`, relative to the working directory where that is shorter."""
+    if place is None:
+        return "an unknown line"
+    name, line = line_of(place)
     try:
         shorter = os.path.relpath(name, Path.cwd())
     except (OSError, ValueError):  # the folder is gone, or on another drive
