@@ -202,8 +202,8 @@ class Scope:
         self._raise(failure, error)
         if hooks:
             await asettle(hooks, error, cancelled)
-        if cancelled is not None:
-            raise cancelled
+        if cancelled is not None and error is None:
+            raise cancelled  # an error of the user's stays on top
 
     def _settle(self, failure: BaseException | None, hooks: list[Hook], error: BaseException | None) -> None:
         self._raise(failure, error)

@@ -262,8 +262,8 @@ class AsyncTransaction(_Block[SessionT]):
             self._outcome(failure, error)
             if hooks:
                 await asettle(hooks, error, cancelled)
-            if cancelled is not None:
-                raise cancelled
+            if cancelled is not None and error is None:
+                raise cancelled  # an error of the user's stays on top
         finally:
             self._leave()
 
