@@ -54,8 +54,10 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
         immediate = owner is not None and owner.immediate
     begin = sqlite.mode(connection, what, statement, immediate=immediate)
     if begin is not None:
-        if immediate and life is not None:
-            life.refuse_second_writer()
+        if life is not None:
+            life.read_first = what is _READ and not immediate
+            if immediate:
+                life.refuse_second_writer()
         cursor.execute(begin)
 
 

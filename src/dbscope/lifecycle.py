@@ -152,6 +152,7 @@ class Lifecycle:
     freed: "SessionTransaction | None" = None  # the savepoint that SQLAlchemy is releasing
     close_waits = False
     broken = False  # a BaseException cut through a flush or a commit
+    read_first = False  # on SQLite: the transaction began with a read, and a write has to upgrade it
     taken: Place | None = None  # the line that took the connection
     since = 0.0  # when it did, on the monotonic clock
     user: Worker | None = None  # who used the session last, or is using it
@@ -347,6 +348,7 @@ class Lifecycle:
             self.doom = Doom("its transaction was rolled back", here(), None)
         self.taken = self.connection = self.backend = None
         self.beside = ()
+        self.read_first = False
 
     def take_hooks(self, *, committed: bool) -> list[Hook]:
         """The hooks that the outcome calls for; the others are dropped."""
@@ -486,7 +488,7 @@ def _refuse_fork(life: Lifecycle) -> None:
 
 def _explain(life: Lifecycle, error: DBAPIError) -> None:
     """Add to SQLite's "database is locked" what came first, where the lock could not be waited for."""
-    if "database is locked" in str(error.orig) and life.taken is not None and not life.writes and life.owner is None:
+    if life.read_first and "database is locked" in str(error.orig):
         error.add_note(
             f"The transaction began by reading, at {spell(life.taken)}; SQLite cannot turn it into a writing one once "
             "another has written. Use `with db.transaction():`, which takes the write lock at its beginning."
