@@ -1,12 +1,15 @@
 """Fixtures and profiles for the whole suite."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import settings
 
 from tests.support import needs
+from tests.support.kits import AsyncKit, Kit, SyncKit, make_kit
 from tests.support.postgres import Postgres, PostgresNotFound
 
 # No deadlines: a machine with two cores runs other workers at the same time.
@@ -46,3 +49,47 @@ def postgres_database(postgres: Postgres) -> Iterator[str]:
 def postgres_url(postgres: Postgres, postgres_database: str) -> str:
     """The URL of an empty database for one test, by way of psycopg."""
     return postgres.url(database=postgres_database)
+
+
+@pytest.fixture(params=["sync", "async"])
+def kit(request: pytest.FixtureRequest, tmp_path: Path) -> Kit:
+    """A kit over a SQLite file, in each colour; for tests under `@twice`."""
+    return make_kit(request.param, f"sqlite:///{tmp_path / 'test.db'}")
+
+
+@pytest.fixture(params=["sync", "async"])
+def server_kit(request: pytest.FixtureRequest, postgres_url: str) -> Kit:
+    """A kit over PostgreSQL, in each colour; for tests under `@twice`."""
+    return make_kit(request.param, postgres_url)
+
+
+@pytest.fixture
+def sync_kit(tmp_path: Path) -> Iterator[SyncKit]:
+    """A sync kit over a SQLite file."""
+    kit = cast("SyncKit", make_kit("sync", f"sqlite:///{tmp_path / 'test.db'}"))
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+async def async_kit(tmp_path: Path) -> AsyncIterator[AsyncKit]:
+    """An async kit over a SQLite file, for async tests."""
+    kit = cast("AsyncKit", make_kit("async", f"sqlite:///{tmp_path / 'test.db'}"))
+    yield kit
+    await kit.aclose()
+
+
+@pytest.fixture
+def sync_server_kit(postgres_url: str) -> Iterator[SyncKit]:
+    """A sync kit over PostgreSQL."""
+    kit = cast("SyncKit", make_kit("sync", postgres_url))
+    yield kit
+    kit.close()
+
+
+@pytest.fixture
+async def async_server_kit(postgres_url: str) -> AsyncIterator[AsyncKit]:
+    """An async kit over PostgreSQL, for async tests."""
+    kit = cast("AsyncKit", make_kit("async", postgres_url))
+    yield kit
+    await kit.aclose()
