@@ -14,6 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from weakref import ref
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -36,7 +37,6 @@ from dbscope.where import Place, Worker, ago, here, name_of, spell, task_now, wo
 if TYPE_CHECKING:
     import asyncio
 
-    from sqlalchemy.engine import Connection
     from sqlalchemy.orm import SessionTransaction
 
 __all__ = ["Doom", "End", "Lifecycle", "Owner", "ScopedSession", "Write", "adopt", "derive", "release"]
@@ -249,6 +249,8 @@ class Lifecycle:
     def began(self, session: Session, connection: "Connection") -> None:
         """The session took a connection and began on it."""
         cast("Any", connection)._dbscope = session  # its statements find their session here
+        if type(connection) is Connection and not isinstance(session.bind, Connection):  # the session's own
+            connection.__class__ = OwnedConnection
         self.connection = connection
         self.taken = here()
         self.since = time.monotonic()
@@ -263,7 +265,8 @@ class Lifecycle:
         """A statement other than a plain read is about to be executed, or the transaction is doomed."""
         if self.acting:
             return
-        self.refuse_doomed()
+        if kind is not Kind.SAVEPOINT:  # going back to one is what mends a doomed transaction
+            self.refuse_doomed()
         owner = self.owner
         if owner is not None:
             if kind is Kind.CONTROL:
@@ -566,6 +569,40 @@ class ScopedSession(Session):
         if name == "_dbscope":
             return adopt(self, None, None)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class OwnedConnection(Connection):
+    """A connection that a session took: `session.connection().commit()` is no way around the owner.
+
+    Every commit passes `_commit_impl`, that of the connection's transaction object included. An event would see it too,
+    but one listener of that kind costs every statement of the engine a quarter of its time.
+    """
+
+    _dbscope: ScopedSession
+
+    def commit(self) -> None:
+        """Commit as `Connection.commit`; refused in a managed transaction."""
+        self._dbscope._dbscope.refuse_stranger("session.connection().commit()")
+        super().commit()
+
+    def _commit_impl(self) -> None:
+        life = self._dbscope._dbscope
+        life.refuse_stranger("a commit of the session's connection")
+        super()._commit_impl()
+        for write in life.writes:
+            write.over = True
+        life.writes = ()
+
+    def rollback(self) -> None:
+        """Roll back as `Connection.rollback`; refused in a managed transaction, which cannot be committed then."""
+        life = self._dbscope._dbscope
+        try:
+            life.refuse_stranger("session.connection().rollback()")
+        except DBScopeError:
+            if life.doom is None:
+                life.doom = Doom("a rollback of its connection was asked for", here(), None)
+            raise
+        super().rollback()
 
 
 # Each of these may talk to the database, and none may do so while another thread or task does.

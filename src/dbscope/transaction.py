@@ -63,7 +63,7 @@ class _Block(Generic[SessionT]):
     def _begin(self, frame: FrameType, colour: Colour) -> Plan[SessionT]:
         if self._part is not None:
             raise ScopeMisuseError(
-                f"the {self._title()} was entered again at {spell(here())}. Make a new one for each block: "
+                f"{self._title()} was entered again at {spell(here())}. Make a new one for each block: "
                 f"`with db.{'reader' if self._kind is Kind.READER else 'transaction'}():`."
             )
         source = self._source
@@ -157,6 +157,10 @@ class _Block(Generic[SessionT]):
     # -- ending ------------------------------------------------------------------------------------------------
 
     def _end(self, error: BaseException | None) -> Plan[tuple[BaseException | None, list[Hook]]]:
+        if self._part is None:
+            raise ScopeMisuseError(
+                f"{self._title()} was left at {spell(here())}, but never entered. Use it in a `with`."
+            )
         session = self._session
         life = life_of(session)
         if self._part is _Part.JOINED:
@@ -179,7 +183,7 @@ class _Block(Generic[SessionT]):
                 return None
             except BaseException as problem:
                 failure = problem
-        if savepoint.is_active:
+        if _is_open(getattr(session, "sync_session", session), savepoint):
             try:
                 yield OnSession(session, lambda _: savepoint.rollback(), begins=True)
             except BaseException as problem:
@@ -254,7 +258,7 @@ class AsyncTransaction(_Block[SessionT]):
         try:
             plan = self._end(error)
             cancelled: asyncio.CancelledError | None = None
-            if self._part is not _Part.JOINED and self._session.in_transaction():
+            if self._part in (_Part.ROOT, _Part.SAVEPOINT) and self._session.in_transaction():
                 # In a task of its own: however often this one is cancelled, what is held is given back.
                 (failure, hooks), cancelled = await finish(plan, forward=error is None)
             else:
@@ -270,6 +274,14 @@ class AsyncTransaction(_Block[SessionT]):
 
 def _begin_nested(session: Session) -> Any:
     return session.begin_nested()
+
+
+def _is_open(session: Session, savepoint: Any) -> bool:
+    """Whether a savepoint still has to be ended: after a flush that failed it is not `is_active`, and yet in the way."""
+    found: Any = session.get_nested_transaction()
+    while found is not None and found is not savepoint:
+        found = found.parent
+    return found is savepoint
 
 
 def _rollback_owned(session: Session) -> None:
