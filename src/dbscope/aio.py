@@ -99,7 +99,7 @@ class AsyncSessionRegistry(async_scoped_session[S]):
         return f"<the session of {self._source.name} in the current scope>"
 
 
-stand_for(AsyncSessionRegistry, AsyncSession, async_scoped_session)
+stand_for(AsyncSessionRegistry, AsyncSession)
 
 
 class AsyncDatabase(BaseDatabase, Generic[S]):

@@ -143,22 +143,35 @@ def _member(name: str) -> property:
     return property(get, set_, doc=getattr(getattr(Session, name, None), "__doc__", None))
 
 
-def stand_for(registry_class: type, session_class: type, original: type) -> None:
+def stand_for(registry_class: type, session_class: type) -> None:
     """Give a registry every public member of the session class: each look-up yields the session's own.
 
     What SQLAlchemy's registry has beside the session's members (`configure`, `query_property`, the class methods)
     stays as it is.
     """
-    for name in dir(session_class):
-        if (
-            name.startswith("_")
-            or name in registry_class.__dict__
-            or isinstance(_raw(session_class, name), classmethod)
-        ):
-            continue
-        setattr(registry_class, name, _member(name))
+    for name in _members(session_class):
+        if name not in registry_class.__dict__:
+            setattr(registry_class, name, _member(name))
     for name in ("__contains__", "__iter__"):
         setattr(registry_class, name, _forward(name))
+
+
+def complete(registry_class: type, session_class: type) -> None:
+    """Give a registry the public members of the session class that it lacks."""
+    for name in _members(session_class):
+        if not hasattr(registry_class, name):
+            setattr(registry_class, name, _member(name))
+
+
+# Set by Session.__init__, and so unknown to the class.
+_SET_LATER = ("autobegin", "enable_baked_queries", "expire_on_commit", "hash_key", "join_transaction_mode", "twophase")
+
+
+def _members(session_class: type) -> list[str]:
+    names = [*dir(session_class), *(_SET_LATER if issubclass(session_class, Session) else ())]
+    return [
+        name for name in names if not name.startswith("_") and not isinstance(_raw(session_class, name), classmethod)
+    ]
 
 
 def _raw(cls: type, name: str) -> Any:
@@ -173,4 +186,4 @@ def _forward(name: str) -> Callable[..., Any]:
     return method
 
 
-stand_for(SessionRegistry, Session, scoped_session)
+stand_for(SessionRegistry, Session)
