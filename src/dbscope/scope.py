@@ -299,17 +299,20 @@ class Scope:
         kept = None if guests is None else guests.get(key)
         return None if kept is None else kept[0]
 
-    def keep(self, key: Any, thing: Any, close: Callable[[], None]) -> None:
+    def keep(self, key: Any, thing: Any, close: Callable[[], None]) -> Any:
         """Tie something to this scope that other code made: `close()` is called when the scope ends.
 
         For registries of sessions that are not a `Database`'s.
+
+        Returns:
+            what is tied under `key`: another thread of the same work may have been faster.
         """
         if self._state is _ENDED:
             raise self.ended_error(repr(key))
         if getattr(self, "_guests", None) is None:
             self._guests: dict[Any, tuple[Any, Callable[[], None]]] = {}
-        self._guests[key] = (thing, close)
         self._sessions.setdefault(_Guests, _Guests)  # or leaving would take the short way
+        return self._guests.setdefault(key, (thing, close))[0]
 
     def dismiss(self, key: Any) -> None:
         """Untie what `keep` tied; its `close()` is not called."""
