@@ -435,6 +435,8 @@ def url_of(target: Any, *, is_async: bool) -> URL:
         ) from None
     try:
         dialect = url.get_dialect()
+        if is_async:  # psycopg answers to one name in both colours
+            dialect = dialect.get_async_dialect_cls(url)
     except NoSuchModuleError:
         raise ConfigurationError(
             f"SQLAlchemy knows no database {url.drivername!r}. Check the part of the URL before '://', "
@@ -469,8 +471,11 @@ def make_engine(url: URL, create: Callable[..., Any], options: dict[str, Any]) -
             memory = sqlite.Memory(url)
             url = memory.url
         defaults = sqlite.pool_options(url, memory)
+    given = {**defaults, **options}
+    if "connect_args" in options:  # of these the user gives some, and keeps our others
+        given["connect_args"] = {**defaults.get("connect_args", {}), **options["connect_args"]}
     try:
-        return create(url, **{**defaults, **options}), memory
+        return create(url, **given), memory
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         how = f'pip install "dbscope[{extra}]"' if extra else f"pip install {error.name}"
