@@ -118,7 +118,7 @@ def _read(sql: str, noise: re.Pattern[str]) -> tuple[bool, Kind]:
     sound = bare.endswith("\0") and not _STRAY.search(bare)
     kinds = [Kind.READ]
     for statement in _statements(bare.removesuffix("\0").upper()):
-        if statement.strip(" \t\r\n\ufeff(){}"):
+        if statement.strip(" \t\r\n\ufeff"):
             kinds.append(_kind_of(statement))
             sound = sound and _FIRST_WORD.match(statement) is not None  # no server starts with, say, `#`
     return sound, _strongest(kinds)
