@@ -1,6 +1,5 @@
 """Managed transactions: DESIGN's Transactions 1 to 3, and the decorator."""
 
-import asyncio
 import contextvars
 import functools
 import threading
@@ -8,13 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, select, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from dbscope import (
     ConfigurationError,
-    Database,
     NotTheOwnerError,
     RollbackOnlyError,
     ScopeMisuseError,

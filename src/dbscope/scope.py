@@ -220,7 +220,8 @@ class Scope:
     def _open(self, code: CodeType | None, instruction: int) -> None:
         if self._state is not _NEW:
             raise ScopeMisuseError(
-                f"{self.describe()} was entered again at {spell(here())}; it {'has ended' if self.ended else 'is still open'}.\n"
+                f"{self.describe()} was entered again at {spell(here())}; "
+                f"it {'has ended' if self.ended else 'is still open'}.\n"
                 "A scope serves one piece of work. Make a new one for each: `with scope(): ...`."
             )
         outer = _get()
