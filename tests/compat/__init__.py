@@ -1,0 +1,1 @@
+"""The statements about the five systems, each with a test that bears its number."""
