@@ -20,7 +20,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -66,11 +66,12 @@ class Kit:
         """Over the (sync) URL of a database that is there, or of a SQLite file that is made."""
         self.url = make_url(url)
         self.databases: list[Any] = []
+        self._own: Any = None
 
     @functools.cached_property
     def db(self) -> Any:
-        """The test's database, made when it is first needed; `database()` with options before that decides how."""
-        return self.databases[0] if self.databases else self.database()
+        """The test's database, made when it is first needed; `database(…)` without a target, before, decides how."""
+        return self._own or self.database()
 
     @functools.cached_property
     def outside(self) -> Engine:
@@ -79,10 +80,13 @@ class Kit:
 
     def database(self, target: Any = None, **options: Any) -> Any:
         """A new database (`Database` or `AsyncDatabase`); on the kit's own URL, if none is given, with the tables."""
-        if target is None:
+        own = target is None
+        if own:
             Base.metadata.create_all(self.outside)
             target = self.url.set(drivername=self.drivers[self.url.get_backend_name()])
         made = self._class()(target, **options)
+        if own and self._own is None:
+            self._own = made
         self.databases.append(made)
         return made
 
@@ -115,9 +119,9 @@ class Kit:
         pool: Any = (db or self.db).engine.pool
         return int(pool.checkedout())
 
-    async def done(self, value: Any) -> Any:
-        """What a call of a session gave: the value itself, or what it yields when awaited."""
-        return await value if inspect.isawaitable(value) else value
+    def done(self, value: Any) -> Awaitable[Any]:
+        """What a call of a session gave, for `await`; the awaitable itself, so that the awaiting line is the test's."""
+        return value if inspect.isawaitable(value) else _Now(value)
 
     def block(self, manager: Any) -> AbstractAsyncContextManager[Any]:
         """A context manager of this colour, for `async with`."""
@@ -278,6 +282,17 @@ def drive(coroutine: Any) -> Any:
 
 async def _awaited(part: Callable[[], Awaitable[Any]]) -> Any:
     return await part()
+
+
+class _Now:
+    """An awaitable that has its value already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __await__(self) -> Generator[None, None, Any]:
+        yield from ()
+        return self.value
 
 
 class _Block:
