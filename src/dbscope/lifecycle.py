@@ -521,7 +521,10 @@ class ScopedSession(Session):
     def rollback(self) -> None:
         """Roll back as `Session.rollback`; a managed transaction can only roll back from then on."""
         self._dbscope.refuse_sibling("session.rollback()")
-        super().rollback()
+        if self._dbscope.broken:
+            self._throw_away()
+        else:
+            super().rollback()
 
     def close(self) -> None:
         """Close as `Session.close`: the session can be used again until its scope ends.
@@ -534,6 +537,8 @@ class ScopedSession(Session):
             super().close()
         elif life.owner is not None:
             life.close_waits = True
+        elif life.broken:
+            self._throw_away()
         else:
             failing = sys.exc_info()[1]
             try:
@@ -557,6 +562,11 @@ class ScopedSession(Session):
     def invalidate(self) -> None:
         """Invalidate as `Session.invalidate`; refused in a managed transaction."""
         self._dbscope.refuse_stranger("session.invalidate()")
+        self._throw_away()
+
+    def _throw_away(self) -> None:
+        """Close the session's connections instead of returning them: they may be in the middle of something."""
+        self._dbscope.broken = False
         super().invalidate()
 
     def prepare(self) -> None:
@@ -670,6 +680,8 @@ def release(session: Session) -> None:
                 session.invalidate()  # never return a connection in an unknown state
                 raise
     finally:
+        if life.taken is not None:
+            life.root_ended()  # where closing fails SQLAlchemy does not say so
         life.acting = False
         life.owner = None
         if mine:
