@@ -22,6 +22,9 @@ thread_id = threading.get_ident
 _BETWEEN = frozenset({"sqlalchemy", "sqlmodel", "dbscope", "contextlib", "asyncio", "concurrent", "threading", "runpy"})
 _between: dict[str, bool] = {}
 
+# Whoever stands above this frame runs the loop, and knows nothing of what a task does.
+_STEP = _events.Handle._run.__code__
+
 
 def _is_between(frame: FrameType) -> bool:
     """Whether this frame belongs to the machinery rather than to the user, remembered by file name."""
@@ -45,7 +48,7 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
         while frame is not None:
             if not _is_between(frame):
                 return frame
-            frame = frame.f_back
+            frame = None if frame.f_code is _STEP else frame.f_back
         # Under AsyncSession the stack ends where its greenlet began; the user waits in the greenlet's parent.
         if greenlet is None:
             module = sys.modules.get("greenlet")
