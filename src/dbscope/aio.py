@@ -33,6 +33,7 @@ from dbscope.database import (
     session_options,
     url_of,
 )
+from dbscope.errors import OverlapError
 from dbscope.fanout import afan_out
 from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
@@ -176,7 +177,8 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         self.sync_session_class = derive(sync_class)
         instrument_sessions(self.sync_session_class)
         kw["sync_session_class"] = self.sync_session_class
-        self._maker = async_sessionmaker(class_=session_class)
+        guarded = type(session_class.__name__, (_Guarded, session_class), {"__module__": session_class.__module__})
+        self._maker = async_sessionmaker(class_=guarded)
         self._maker.kw = kw
         self._class = self._maker.class_
         self.session = AsyncSessionRegistry(self, self._maker)
@@ -260,6 +262,21 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         await to_completion(asyncio.ensure_future(self.dispose()))
+
+
+class _Guarded:
+    """Goes before the user's session class."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Close; SQLAlchemy does so in a task of its own, where nobody sees that the body has failed."""
+        try:
+            await super().__aexit__(kind, error, tb)  # type: ignore[misc]  # AsyncSession's
+        except OverlapError as refused:
+            if error is None:
+                raise
+            error.add_note(str(refused))  # this is clean-up: the user's error stays on top
 
 
 def _started(call: Callable[[], Any] | None) -> Awaitable[None]:
