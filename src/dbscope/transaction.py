@@ -277,7 +277,7 @@ def _begin_nested(session: Session) -> Any:
 
 
 def _is_open(session: Session, savepoint: Any) -> bool:
-    """Whether a savepoint still has to be ended: one whose flush failed is not `is_active`, and yet in the way."""
+    """Whether a savepoint has yet to be ended: after a flush that failed it is not `is_active`, but in the way."""
     found: Any = session.get_nested_transaction()
     while found is not None and found is not savepoint:
         found = found.parent
