@@ -20,7 +20,7 @@ def write(amount: int) -> Any:
 
 @twice
 async def test_transactions_8_hooks_run_after_the_commit_in_their_order(kit: Kit) -> None:
-    """`on_commit` hooks run once each, in order, with their arguments, after the commit and with nothing checked out."""
+    """`on_commit` hooks run once each, in order, with their arguments, after the commit, with nothing checked out."""
     seen: list[Any] = []
 
     def hook(name: str, *, key: int = 0) -> None:
@@ -52,7 +52,7 @@ async def test_transactions_8_hooks_of_a_transaction_in_a_scope_run_at_its_end(k
 
 @twice
 async def test_transactions_8_hooks_of_a_rollback(kit: Kit) -> None:
-    """Where the block fails, `on_commit` hooks are dropped and `on_rollback` hooks run, after the connection is back."""
+    """Where the block fails, `on_commit` hooks are dropped and `on_rollback` ones run, after the connection is back."""
     seen: list[Any] = []
     for in_scope in (False, True):
         seen.clear()
@@ -309,6 +309,18 @@ async def test_transactions_8_in_a_reader(kit: Kit) -> None:
                 kit.db.on_commit(seen.append, "never")
             raise KeyError
     assert seen == ["reader"]
+
+
+def test_transactions_8_in_a_reader_in_the_threads_implicit_scope(sync_kit: SyncKit) -> None:
+    """The transaction around a reader is found in the thread's implicit scope, too."""
+    db, seen = sync_kit.db, list[int]()
+    db.session().execute(text("SELECT 1"))
+    with db.transaction():
+        with db.reader():
+            db.on_commit(seen.append, 1)
+        assert seen == []
+    assert seen == [1]
+    db.session.remove()
 
 
 @twice

@@ -153,13 +153,15 @@ class BaseDatabase:
         """Keep a hook for the end of the open transaction; give its call back if there is none."""
         call = call_of(function, args, kwargs, here(), is_async=self.is_async)
         home = current_scope()
+        while home is not None and home.has(self) and (reader := life_of(home.open(self)).owner) and reader.reader:
+            home = home._outer  # it commits nothing: the hook belongs to the transaction around it, if there is one
         if home is None and running_loop() is None:
             home = implicit_scope()
-        if home is not None and (home.commit is not None or home.has(self)):
+        if home is not None and not home.ended and (home.commit is not None or home.has(self)):
             session = home.open(self)
             sync: Session = getattr(session, "sync_session", session)
             life = life_of(session)
-            if life.unsaved(sync) is not None if life.owner is None else not life.owner.reader:
+            if life.owner is not None or life.unsaved(sync) is not None:
                 savepoint = sync.get_nested_transaction()
                 hook = Hook(call, outcome, savepoint, name=title(function), blocking=not self.is_async)
                 life.hooks += (hook,)

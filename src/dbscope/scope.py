@@ -199,16 +199,16 @@ class Scope:
         else:
             outcome = await arun(plan)  # nothing is held: this never suspends
         failure, hooks = outcome
-        self._raise(failure, error)
         if hooks:
-            await asettle(hooks, error, cancelled)
+            await asettle(hooks, error or failure, cancelled)
+        self._raise(failure, error)
         if cancelled is not None and error is None:
             raise cancelled  # an error of the user's stays on top
 
     def _settle(self, failure: BaseException | None, hooks: list[Hook], error: BaseException | None) -> None:
-        self._raise(failure, error)
         if hooks:
-            run(settle(hooks, error))
+            run(settle(hooks, error or failure))
+        self._raise(failure, error)
 
     def _enter(self, frame: FrameType, *, block: bool = True) -> None:
         code = frame.f_code
@@ -653,8 +653,7 @@ def end_implicit(home: Scope) -> None:
     """End a thread's implicit scope."""
     if home._state is _OPEN:
         failure, hooks = run(home._conclude(None))
-        home._raise(failure, None)
-        run(settle(hooks, None))
+        home._settle(failure, hooks, None)
 
 
 def implicit_scope() -> Scope | None:

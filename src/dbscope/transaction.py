@@ -239,9 +239,9 @@ class Transaction(_Block[SessionT]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             failure, hooks = run(self._end(error))
-            self._outcome(failure, error)
             if hooks:
-                run(settle(hooks, error))
+                run(settle(hooks, error or failure))
+            self._outcome(failure, error)
         finally:
             self._leave()
 
@@ -263,9 +263,9 @@ class AsyncTransaction(_Block[SessionT]):
                 (failure, hooks), cancelled = await finish(plan, forward=error is None)
             else:
                 failure, hooks = await arun(plan)
-            self._outcome(failure, error)
             if hooks:
-                await asettle(hooks, error, cancelled)
+                await asettle(hooks, error or failure, cancelled)
+            self._outcome(failure, error)
             if cancelled is not None and error is None:
                 raise cancelled  # an error of the user's stays on top
         finally:
