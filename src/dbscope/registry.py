@@ -163,12 +163,13 @@ def complete(registry_class: type, session_class: type) -> None:
             setattr(registry_class, name, _member(name))
 
 
-# Set by Session.__init__, and so unknown to the class.
-_SET_LATER = ("autobegin", "enable_baked_queries", "expire_on_commit", "hash_key", "join_transaction_mode", "twophase")
+# Set by `__init__`, and so unknown to the class.
+_OF_SESSION = ("autobegin", "enable_baked_queries", "expire_on_commit", "hash_key", "join_transaction_mode", "twophase")
+_OF_ASYNC_SESSION = ("sync_session",)
 
 
 def _members(session_class: type) -> list[str]:
-    names = [*dir(session_class), *(_SET_LATER if issubclass(session_class, Session) else ())]
+    names = [*dir(session_class), *(_OF_SESSION if issubclass(session_class, Session) else _OF_ASYNC_SESSION)]
     return [
         name for name in names if not name.startswith("_") and not isinstance(_raw(session_class, name), classmethod)
     ]

@@ -34,7 +34,8 @@ async def S(aengine):
     """A registry of the tasks' sessions."""
     registry = async_scoped_session(async_sessionmaker(aengine), asyncio.current_task)
     yield registry
-    await registry.remove()
+    for session in registry.registry.registry.values():
+        await session.close()
 
 
 def test_statement_15_the_constructor_and_what_it_exposes():

@@ -47,7 +47,7 @@ def test_statement_27_the_engine_is_made_once(tmp_path):
 
 def test_statement_27_another_uri_warns():
     """A second, different URI changes nothing, and says so without showing a password."""
-    engine = init_engine("sqlite://")
+    engine = init_engine("sqlite:///never-opened.sqlite")
     with pytest.warns(UserWarning, match=r"^init_engine was called with postgresql://me:\*\*\*@host/db, but") as caught:
         assert init_engine("postgresql://me:secret@host/db") is engine
     assert caught[0].filename == __file__
