@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from dbscope import Database, Loop, scope
 from dbscope.compat import RequestSessions, check_database_connection, scoped_session
-from tests.compat.conftest import Base, Payment, in_thread
+from tests.compat.conftest import Payment, in_thread
 
 ROLLED_BACK = "Database transaction rolled back due to inactive session transaction or invalid connection"
 

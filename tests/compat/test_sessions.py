@@ -12,7 +12,7 @@ from tests.compat.conftest import Base, Payment
 COUNT = select(func.count()).select_from(Payment)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def server(request, tmp_path):
     """An engine over an empty table."""
     url = f"sqlite:///{tmp_path}/a.sqlite" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
