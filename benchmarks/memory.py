@@ -96,7 +96,9 @@ def forgotten_keys(count: int) -> dict[str, float]:
     return growth(count, registry)
 
 
-WHAT = {function.__name__: function for function in (idle_scope, idle_session, closed, forgotten, forgotten_keys)}
+WHAT = {
+    function.__name__: function for function in (idle_scope, idle_session, closed, forgotten, forgotten_keys)
+}
 
 
 def ask(what: str, count: int) -> "subprocess.Popen[str]":

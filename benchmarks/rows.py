@@ -313,9 +313,7 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                 [
                     Contender("dbscope", "async with scope():\n    asession()", "end of the scope", is_async=True),
                     Contender("async_scoped_session", "ascoped()\nawait ascoped.remove()", "close", is_async=True),
-                    Contender(
-                        "plain close", "await AsyncSession(aengine).close()", "close, not shielded", is_async=True
-                    ),
+                    Contender("plain close", "await AsyncSession(aengine).close()", "close, not shielded", is_async=True),
                     Contender(
                         "async with AsyncSession",
                         "async with AsyncSession(aengine):\n    pass",
@@ -372,9 +370,7 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
 def selects(*, recipe: bool = False) -> list[Contender]:
     """One SELECT of a column."""
     by_recipe = Contender(
-        "with Session, BEGIN by the recipe",
-        "with Session(recipe) as session:\n    session.scalar(BALANCE)",
-        "close: rolls back",
+        "with Session, BEGIN by the recipe", "with Session(recipe) as session:\n    session.scalar(BALANCE)", "close: rolls back"
     )
     return [
         Contender("dbscope", "with scope():\n    db.session.scalar(BALANCE)", "end of the scope: rolls back"),
