@@ -92,7 +92,10 @@ class BaseDatabase:
         """A new session, with its life begun in `home`."""
         kw = self._maker.kw
         session = self._class(**kw) if options is None else self._class(**{**kw, **options})
-        adopt(getattr(session, "sync_session", session), home, self)
+        if self.is_async:
+            session._dbscope = adopt(session.sync_session, home, self)
+        else:
+            adopt(session, home, self)
         return session
 
     def make_reader(self, home: Scope) -> Any:

@@ -43,6 +43,8 @@ __all__ = ["Doom", "End", "Lifecycle", "Owner", "ScopedSession", "Write", "adopt
 
 S = TypeVar("S", bound=Session)
 
+_monotonic = time.monotonic
+
 
 class Home(Protocol):
     """What a lifecycle asks of the scope that its session lives in."""
@@ -115,14 +117,19 @@ class Doom:
 class End:
     """How a session's life ended: for the errors of those who kept it."""
 
-    __slots__ = ("at", "how", "pid", "place", "title")
+    __slots__ = ("at", "how", "pid", "place", "whose")
 
-    def __init__(self, title: str, how: str, place: Place | None = None, pid: int | None = None) -> None:
-        self.title = title
+    def __init__(self, whose: Home | str, how: str, place: Place | None = None, pid: int | None = None) -> None:
+        self.whose = whose  # described when an error asks: that costs more than all else that ends a scope
         self.how = how
         self.place = place
         self.pid = pid
-        self.at = time.monotonic()
+        self.at = _monotonic()
+
+    @property
+    def title(self) -> str:
+        """Whose end it was, as errors name it."""
+        return self.whose if isinstance(self.whose, str) else self.whose.describe()
 
 
 # The writes whose tasks started the running one (or are it): they may be ended from here.
@@ -143,6 +150,7 @@ class Lifecycle:
     owner: Owner | None = None  # whose managed transaction this is; None: the user's own
     acting = False  # the owner, or the scope, is ending the transaction now
     ended: End | None = None
+    used = False  # a transaction was begun on it, by SQL or by add(): before that it holds nothing at all
     released = False
     doom: Doom | None = None
     writes: tuple[Write, ...] = ()
@@ -641,7 +649,10 @@ def adopt(session: Session, home: Home | None, source: Source | None) -> Lifecyc
 
 def life_of(session: Any) -> Lifecycle:
     """The life of a session, or of the one inside an `AsyncSession`."""
-    return cast("Lifecycle", getattr(session, "sync_session", session)._dbscope)
+    try:
+        return session._dbscope  # type: ignore[no-any-return]  # a Lifecycle
+    except AttributeError:  # an AsyncSession that its user's own maker made
+        return session.sync_session._dbscope  # type: ignore[no-any-return]
 
 
 def end_life(session: Any, end: End) -> None:
@@ -694,7 +705,10 @@ def release(session: Session) -> None:
 def on_transaction_create(session: ScopedSession, transaction: "SessionTransaction") -> None:
     """New work begins, by SQL or by `add()`: refuse it where no work may begin."""
     life = session._dbscope
-    if life.acting or transaction.parent is not None:
+    if transaction.parent is not None:
+        return
+    life.used = True  # before looking whether it has ended: the end looks in the other order
+    if life.acting:
         return
     if life.ended is not None or life.doom is not None or (life.home is not None and life.source is not None):
         try:

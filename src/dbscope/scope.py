@@ -35,7 +35,7 @@ from dbscope.errors import (
 from dbscope.hooks import Hook, asettle, settle
 from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of, release
 from dbscope.plan import OnSession, Plan, arun, finish, run
-from dbscope.where import Place, ago, here, line_of, name_of, running_loop, spell, worker
+from dbscope.where import Place, ago, here, line_of, name_of, place_of, running_loop, spell, worker
 
 __all__ = ["Scope", "current_scope", "scope"]
 
@@ -136,18 +136,18 @@ class Scope:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._sessions or self._state is not _OPEN:
-            try:
-                if self._state is _OPEN:
-                    self._settle(*run(self._conclude(error)), error)
-            finally:
-                self._leave()
-        else:
+        if self._state is _OPEN and (not self._sessions or self._end_unused(_getframe(1))):
             self._state = _ENDED
             outer = self._outer
             if _get() is self and (outer is None or outer._state is _OPEN):
                 _set(outer)
             else:
+                self._leave()
+        else:
+            try:
+                if self._state is _OPEN:
+                    self._settle(*run(self._conclude(error)), error)
+            finally:
                 self._leave()
 
     async def __aenter__(self) -> "Scope":
@@ -158,19 +158,44 @@ class Scope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._sessions or self._state is not _OPEN:
-            try:
-                if self._state is _OPEN:
-                    await self._afinish(error)
-            finally:
-                self._leave()
-        else:
+        if self._state is _OPEN and (not self._sessions or self._end_unused(_getframe(1))):
             self._state = _ENDED
             outer = self._outer
             if _get() is self and (outer is None or outer._state is _OPEN):
                 _set(outer)
             else:
                 self._leave()
+        else:
+            try:
+                if self._state is _OPEN:
+                    await self._afinish(error)
+            finally:
+                self._leave()
+
+    def _end_unused(self, frame: FrameType) -> bool:
+        """End sessions on which nothing was ever begun: they hold nothing, so there is no plan to make or carry out.
+
+        Returns:
+            whether that was all; otherwise nothing has happened.
+        """
+        sessions = self._sessions
+        for session in sessions.values():
+            if session is _Guests:
+                return False
+            life = life_of(session)
+            if life.used or life.owner is not None:
+                return False
+        self._state = _ENDED
+        end = End(self, "it ended", place_of(frame))
+        for session in [*sessions.values()]:
+            life = life_of(session)
+            if life.ended is None:
+                life.ended = end
+            if life.used:  # another thread began just now
+                release(session if isinstance(session, Session) else session.sync_session)
+            life.home = None
+        sessions.clear()
+        return True
 
     def finish(self, *, veto: bool = False) -> None:
         """End the work now, as leaving the block without an error does: commit on success, release the sessions.
@@ -391,7 +416,7 @@ class Scope:
         guests = getattr(self, "_guests", None)
         self._state = _ENDED
         self._sessions.clear()
-        end = End(self.describe(), "it ended", here())
+        end = End(self, "it ended", here())
         for session in sessions:
             end_life(session, end)
         hooks: list[Hook] = []
@@ -704,7 +729,7 @@ def forget_implicit(parent: int) -> None:
 
 def disinherit(home: Scope, parent: int) -> None:
     """In the child of a fork: make a scope of the parent's dead, and never speak on its connections."""
-    end = End(home.describe(), f"it belongs to process {parent}", pid=parent)
+    end = End(home, f"it belongs to process {parent}", pid=parent)
     for session in home._all():
         end_life(session, end)
         life_of(session).released = True
