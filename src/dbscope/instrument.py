@@ -68,7 +68,6 @@ def _without_parameters(listener: Callable[..., None]) -> Callable[..., None]:
     return listen
 
 
-# Made once, so that a second database on the same engine finds the first one's listeners there.
 _WATCH = {
     listener: {
         "do_execute": listener,
@@ -81,6 +80,9 @@ _WATCH = {
 
 def instrument_engine(engine: Engine, *, own_begin: bool) -> None:
     """Let every statement of the engine pass by its session, once, however many databases share the engine."""
+    dialect: Any = engine.dialect  # which those that `execution_options()` made share, too
+    if "_dbscope" in vars(dialect):  # event.contains() goes by id(), and takes a new engine for one that is gone
+        return
+    dialect._dbscope = True
     for name, listener in _WATCH[before_sqlite_statement if own_begin else before_statement].items():
-        if not event.contains(engine, name, listener):
-            event.listen(engine, name, listener)
+        event.listen(engine, name, listener)

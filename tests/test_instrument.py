@@ -1,0 +1,36 @@
+"""What is listened to, where, and how often."""
+
+import gc
+
+import pytest
+from sqlalchemy import create_engine, event, text
+
+from dbscope import Database, UncommittedWrites, scope
+from dbscope.instrument import before_statement
+
+
+def test_an_engine_with_the_id_of_one_that_is_gone_is_watched():
+    """Each new engine's statements are seen, also where an engine before it had the same address in memory."""
+
+    addresses, dialects = set(), []
+    again = False
+    while not again:
+        engine = create_engine("sqlite://")
+        again = id(engine) in addresses
+        addresses.add(id(engine))
+        dialects.append(engine.dialect)  # where the listeners are: it may outlive its engine
+        with Database(engine) as db, pytest.warns(UncommittedWrites):
+            with scope():
+                db.session.execute(text("CREATE TABLE payments (id int)"))
+        del engine, db
+        gc.collect()
+
+
+def test_two_databases_on_one_engine_see_each_statement_once():
+    """However many databases share an engine, or a copy of it with other options, a statement is looked at once."""
+    engine = create_engine("sqlite://")
+    Database(engine)
+    Database(engine.execution_options(isolation_level="SERIALIZABLE"))
+    Database(engine)
+    assert [*engine.dialect.dispatch.do_execute].count(before_statement) == 1
+    assert event.contains(engine, "do_execute", before_statement)
