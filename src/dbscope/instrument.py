@@ -49,7 +49,7 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
     if session is not None:
         life = session._dbscope
         if what is not _READ or life.doom is not None:
-            life.statement(session, what, statement)
+            life.statement(session, what, statement, alone=what is Kind.WRITE and sqlite.alone(statement))
         owner = life.owner
         immediate = owner is not None and owner.immediate
     begin = sqlite.mode(connection, what, statement, immediate=immediate)

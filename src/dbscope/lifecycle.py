@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from dbscope.errors import (
+    ConfigurationError,
     DBScopeError,
     NotTheOwnerError,
     OverlapError,
@@ -269,9 +270,14 @@ class Lifecycle:
             mine = self._ref = ref(self, source.holders.discard)
             source.holders.add(mine)
 
-    def statement(self, session: Session, kind: Kind, text: str) -> None:
-        """A statement other than a plain read is about to be executed, or the transaction is doomed."""
+    def statement(self, session: Session, kind: Kind, text: str, *, alone: bool = False) -> None:
+        """A statement other than a plain read is about to be executed, or the transaction is doomed.
+
+        `alone`: it takes part in no transaction, as SQLite's VACUUM.
+        """
         if self.acting:
+            if kind is Kind.WRITE:  # the flush of a commit
+                self.refuse_write()
             return
         if kind is not Kind.SAVEPOINT:  # going back to one is what mends a doomed transaction
             self.refuse_doomed()
@@ -284,9 +290,8 @@ class Lifecycle:
                     f"a write was sent at {spell(here())}, inside {owner}: {' '.join(text.split())[:60]!r}.\n"
                     "Use `transaction()` for work that writes."
                 )
-        if kind is Kind.WRITE:
-            if self.source is not None and self.source.one_writer:
-                self.refuse_second_writer()
+        if kind is Kind.WRITE and not alone:
+            self.refuse_write()
             self.note_write(session)
 
     def watch_locks(self, connection: Any) -> None:
@@ -308,6 +313,17 @@ class Lifecycle:
                 )
         return None
 
+    def refuse_write(self) -> None:
+        """Raise if a write could never be committed, or never be rolled back."""
+        if self.source is not None and self.source.one_writer:
+            self.refuse_second_writer()
+        if self.owner is not None and self.connection is not None and _commits_at_once(self.connection):
+            raise ConfigurationError(
+                f"a write was sent at {spell(here())}, inside {self.owner}, on a connection with isolation level "
+                "AUTOCOMMIT: it could not be rolled back.\n"
+                "Use an engine without AUTOCOMMIT for transactions, or send this in a plain scope."
+            )
+
     def note_write(self, session: Session) -> None:
         """Remember the first write of each task in each savepoint."""
         savepoint = session.get_nested_transaction()
@@ -315,6 +331,8 @@ class Lifecycle:
         for known in self.writes:
             if known.savepoint is savepoint and known.task is task:
                 return
+        if self.connection is not None and _commits_at_once(self.connection):
+            return
         write = Write(here(), savepoint, task)
         self.writes += (write,)
         if task is not None:
@@ -423,7 +441,7 @@ class Lifecycle:
         """What would be lost if the session closed now: the line of the first write, or what is pending."""
         if self.dropped is not None:
             return self.dropped
-        if not session.in_transaction() or (self.owner is not None and self.owner.reader):
+        if not session.in_transaction():
             return None
         if self.writes:
             return self.writes[0].place or "an unknown line"
@@ -432,6 +450,14 @@ class Lifecycle:
             return None
         names = {type(item).__name__ for items in (session.new, session.dirty, session.deleted) for item in items}
         return f"{', '.join(sorted(names))} objects that were never flushed" if names else None
+
+
+def _commits_at_once(connection: Connection) -> bool:
+    """Whether a connection is in AUTOCOMMIT, by an option of its own or its engine's."""
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)  # create_engine(isolation_level=...)
+    return bool(level == "AUTOCOMMIT")
 
 
 def _lifts_read_only(text: str) -> bool:

@@ -65,12 +65,17 @@ def set_up(engine: Engine, memory: Memory | None) -> None:
 _OUTSIDE = ("vacuum", "attach", "detach")
 
 
+def alone(text: str) -> bool:
+    """Whether a statement takes part in no transaction."""
+    return text.lstrip()[:6].lower().startswith(_OUTSIDE)
+
+
 def mode(connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
     """The BEGIN that has to come before a statement, or None if a transaction is open or none is wanted."""
     driver: Any = connection.connection.driver_connection
     if driver.in_transaction or kind is Kind.CONTROL or kind is Kind.SETTING:
         return None
-    if driver.isolation_level is None or text[:10].lstrip().lower().startswith(_OUTSIDE):
+    if driver.isolation_level is None or alone(text):
         return None  # AUTOCOMMIT was asked for
     return "BEGIN IMMEDIATE" if immediate or kind is Kind.WRITE else "BEGIN"
 
