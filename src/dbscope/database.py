@@ -574,7 +574,9 @@ def _explain(context: ExceptionContext) -> None:
         return
     if context.connection is None and isinstance(error, OperationalError) and context.engine is not None:
         url = context.engine.url.render_as_string(hide_password=True)
-        error.add_note(f"No connection could be made to {url}. Is the server up, and the address right?")
+        is_file = context.engine.dialect.name == "sqlite"
+        hint = "Is its folder there, and writable?" if is_file else "Is the server up, and the address right?"
+        error.add_note(f"No connection could be made to {url}. {hint}")
     elif context.is_disconnect:
         error.add_note(
             "The connection was lost in the middle, and the server has rolled back what was open on it. "

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
+from socket import gaierror
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from weakref import ref
 
@@ -496,6 +497,12 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             watch = life.watch
             if watch is not None and watch.blocked_by is not None and (own := life.blocked(watch)) is not None:
                 raise own from error
+            raise
+        except (ConnectionError, gaierror) as error:  # asyncpg's, which SQLAlchemy lets through as it is
+            if life.taken is None and life.source is not None:
+                error.add_note(
+                    f"No connection could be made to {life.source.name}. Is the server up, and the address right?"
+                )
             raise
         except Exception:
             raise
