@@ -38,27 +38,33 @@ HEADER = "id,payer,payee,amount"
 BATCH = 50  # lines
 
 HELP = f"""\
-Books a CSV of payments from several threads (or asyncio tasks), each payment in a transaction of its own, and then
-audits the books: every good line booked once, no bad line at all, every balance right to the cent.
+Books a CSV of payments from several threads (or asyncio tasks), each payment
+in a transaction of its own, and then audits the books: every good line booked
+once, no bad line at all, every balance right to the cent.
 
-The bank has the accounts {ACCOUNTS[0]} to {ACCOUNTS[-1]}, with 1000.00 on each. The CSV is UTF-8, one payment per line:
+The bank has the accounts {ACCOUNTS[0]} to {ACCOUNTS[-1]}, with 1000.00 on each.
+The CSV is UTF-8, one payment per line:
 
     {HEADER}
     P-0001,A03,A17,12.50
 
-A payment that would overdraw its payer, a second one with the same id, and a line that makes no sense are rejected,
-each with its line number and the reason."""
+A payment that would overdraw its payer, a second one with the same id, and a
+line that makes no sense are rejected, with line number and reason."""
 
 EXAMPLES = """\
 examples:
-  bank.py                                        a CSV of its own, on a SQLite file in a temporary folder
-  bank.py --async --tasks 8                      the same with asyncio tasks
-  bank.py --csv payments.csv --database-url sqlite:///bank.db
-  bank.py --database-url postgresql+psycopg://user:password@host/database
-  bank.py --async --database-url postgresql+asyncpg://user:password@host/database
-  bank.py --csv payments.csv --database-url sqlite:///bank.db --audit-only
+  a CSV of its own, on a SQLite file in a temporary folder:
+    bank.py
+  the same with asyncio tasks:
+    bank.py --async --tasks 8
+  your payments, kept, and audited again later:
+    bank.py --csv payments.csv --database-url sqlite:///bank.db
+    bank.py --csv payments.csv --database-url sqlite:///bank.db --audit-only
+  on a server:
+    bank.py --database-url postgresql+psycopg://user:password@host/database
 
-exit status: 0 if the audit holds, 1 if it fails, 2 if the bank could not run. NO_COLOR turns colours off."""
+exit status: 0 if the audit holds, 1 if it fails, 2 if the bank could not run.
+NO_COLOR turns colours off."""
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------
@@ -648,7 +654,7 @@ def main(given: Sequence[str] | None = None) -> int:
             else:
                 books = run_bank(lines, url, arguments)
             seconds = time.perf_counter() - started
-    except (CannotRun, DBScopeError, SQLAlchemyError, ImportError) as error:
+    except (CannotRun, DBScopeError, SQLAlchemyError, ImportError, OSError) as error:
         notes = getattr(error, "__notes__", [])
         print("bank.py:", "\n".join([str(error), *notes]), file=sys.stderr)
         return 2

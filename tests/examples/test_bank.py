@@ -222,6 +222,7 @@ def read(terminal: int) -> bytes:
         (["--database-url", "payments"], "is not a database URL"),
         (["--database-url", "sqlite://"], "name a file"),
         (["--database-url", "sqlite:////nowhere/bank.db"], "unable to open database file"),
+        (["--database-url", "oracle+oracledb_async://u@localhost/x"], "is an async driver"),
         (["--audit-only"], "no bank in this database"),
         (["--audit-only", "--reset"], "exclude each other"),
         (["--threads", "0"], "from 1 to 64"),
@@ -250,8 +251,9 @@ def test_a_second_bank_is_not_booked_over_the_first(booked, tmp_path):
 
 
 def test_help_teaches():
-    """`--help` says what the CSV looks like, shows commands to copy, and fits a terminal of 120 columns."""
-    done = bank("--help", env={"COLUMNS": "120"})
+    """`--help` says what the CSV looks like, shows commands to copy, and fits a terminal of 80 columns."""
+    done = bank("--help", env={"COLUMNS": "80"})
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.returncode == 0
     for word in ("id,payer,payee,amount", "--database-url postgresql+psycopg://", "exit status", "NO_COLOR"):
         assert word in done.stdout
