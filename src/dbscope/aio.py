@@ -1,6 +1,7 @@
 """Async databases. Loaded only when asked for: SQLAlchemy's asyncio part needs greenlet, which 2.1 leaves optional."""
 
 import asyncio
+import contextlib
 import importlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
@@ -33,15 +34,14 @@ from dbscope.database import (
     session_options,
     url_of,
 )
-from dbscope.errors import OverlapError
+from dbscope.errors import DBScopeError, OverlapError
 from dbscope.fanout import afan_out
 from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
-from dbscope.lifecycle import End, derive, end_life, life_of, release
+from dbscope.lifecycle import derive, release
 from dbscope.plan import arun, to_completion
-from dbscope.registry import look_up, stand_for
+from dbscope.registry import forget, look_up, stand_for, waits_for_owner
 from dbscope.transaction import AsyncTransaction, Kind, transactional
-from dbscope.where import here
 
 __all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
 
@@ -79,21 +79,23 @@ class AsyncSessionRegistry(async_scoped_session[S]):
         return self.registry()  # type: ignore[no-any-return]  # an S
 
     async def remove(self) -> None:
-        """End the current scope's session, if there is one; the next call makes a new one.
-
-        In a managed transaction it waits for the owner's end, as `AsyncSession.close()` does.
-        """
+        """Async version of `SessionRegistry.remove`."""
         registry = self.registry
         if not registry.has():
             return
         session: AsyncSession = registry()
-        life = life_of(session)
-        if life.owner is not None and not life.acting:
-            life.close_waits = True
+        if waits_for_owner(session):
             return
-        await session.close()
-        registry.clear()
-        end_life(session, End(life.home.describe() if life.home else self._source.name, "it was removed", here()))
+        try:
+            await session.close()
+        except DBScopeError:
+            raise  # refused: nothing has happened
+        except BaseException:
+            forget(self, session)
+            with contextlib.suppress(Exception):  # what closing raised stays on top
+                await session.run_sync(release)
+            raise
+        forget(self, session)
         release(session.sync_session)
 
     def __repr__(self) -> str:

@@ -5,12 +5,14 @@ working), but looks into the current scope instead of a dictionary, and hands ou
 instead of forwarding each call, which is what makes it faster than the original.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from dbscope import scope as _scope
+from dbscope.errors import DBScopeError
 from dbscope.lifecycle import End, end_life, life_of, release
 from dbscope.scope import implicit_scope, open_implicit
 from dbscope.where import here, running_loop
@@ -115,43 +117,69 @@ class SessionRegistry(scoped_session[S]):
         """End the current scope's session, if there is one; the next call makes a new one.
 
         In a managed transaction it waits for the owner's end, as `Session.close()` does.
+
+        Raises:
+            OverlapError: another thread or task is using the session; it stays.
+            Exception: what closing raised; the session is gone all the same.
         """
         registry = self.registry
         if not registry.has():
             return
         session = registry()
-        life = life_of(session)
-        if life.owner is not None and not life.acting:
-            life.close_waits = True
+        if waits_for_owner(session):
             return
-        session.close()
-        registry.clear()
-        end_life(session, End(life.home.describe() if life.home else self._source.name, "it was removed", here()))
+        try:
+            session.close()
+        except DBScopeError:
+            raise  # refused: nothing has happened
+        except BaseException:
+            forget(self, session)
+            with contextlib.suppress(Exception):  # what closing raised stays on top
+                release(session)
+            raise
+        forget(self, session)
         release(session)
 
     def __repr__(self) -> str:
         return f"<the session of {self._source.name} in the current scope>"
 
 
-def _member(name: str) -> property:
+def waits_for_owner(session: Any) -> bool:
+    """Whether the end of a session has to wait for a managed transaction's; it is then kept in mind."""
+    life = life_of(session)
+    waits = life.owner is not None and not life.acting
+    if waits:
+        life.close_waits = True
+    return waits
+
+
+def forget(registry: Any, session: Any) -> None:
+    """Take a session that was closed out of its scope, and make it dead."""
+    home = life_of(session).home
+    registry.registry.clear()
+    end_life(session, End(home.describe() if home else registry._source.name, "it was removed", here()))
+
+
+def _member(name: str, original: Any = None) -> property:
     def get(self: Any) -> Any:
         return getattr(self.registry(), name)
 
     def set_(self: Any, value: Any) -> None:
         setattr(self.registry(), name, value)
 
-    return property(get, set_, doc=getattr(getattr(Session, name, None), "__doc__", None))
+    read_only = isinstance(original, property) and original.fset is None
+    return property(get, None if read_only else set_, doc=getattr(getattr(Session, name, None), "__doc__", None))
 
 
 def stand_for(registry_class: type, session_class: type) -> None:
     """Give a registry every public member of the session class: each look-up yields the session's own.
 
     What SQLAlchemy's registry has beside the session's members (`configure`, `query_property`, the class methods)
-    stays as it is.
+    stays as it is, and what cannot be set there cannot be set here.
     """
     for name in _members(session_class):
         if name not in registry_class.__dict__:
-            setattr(registry_class, name, _member(name))
+            setattr(registry_class, name, _member(name, getattr(registry_class, name, None)))
     for name in ("__contains__", "__iter__"):
         setattr(registry_class, name, _forward(name))
 

@@ -104,7 +104,7 @@ async def test_statement_16_what_may_be_needed_of_a_finished_task_stays(S):
     entries = list(S.registry.registry.values())
     assert held in entries
     assert sessions[0] in entries
-    assert AsyncSession.object_session(payment.__dict__["_sa_instance_state"].obj()) is not None
+    assert S.object_session(payment) is sessions[0].sync_session
     await held.close()
     await sessions[0].close()
     for _ in range(20):
