@@ -1,6 +1,10 @@
 """`db.session`: a drop-in for SQLAlchemy's registries, over scopes (the statements about these, 1 to 12)."""
 
+import asyncio
+import contextvars
 import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import event, orm, select, text
@@ -8,7 +12,7 @@ from sqlalchemy.exc import InvalidRequestError, SAWarning
 from sqlalchemy.orm import Query, Session
 
 from dbscope import ConfigurationError, Database, OverlapError, ScopeEndedError, scope
-from tests.support.kits import Payment, twice
+from tests.support.kits import LIMIT, Payment, twice
 
 
 @twice
@@ -80,7 +84,7 @@ async def test_statement_06_remove(kit):
         assert not S.registry.has()
         assert S() is not first
         await kit.done(first.close())
-        with pytest.raises(ScopeEndedError, match="it was removed .* at .*test_registry.py"):
+        with pytest.raises(ScopeEndedError, match=r"it was removed .* at .*test_registry.py"):
             await kit.done(first.execute(text("SELECT 1")))
     assert kit.count() == 0
 
@@ -114,44 +118,58 @@ async def test_statement_06_a_session_that_fails_to_close_is_forgotten(kit):
             await kit.done(broken.execute(text("SELECT 1")))
 
 
-@twice
-async def test_statement_06_what_another_is_using_stays(kit):
-    """`remove()` is refused while another thread or task uses the session, which then stays as it is."""
-    S = kit.db.session
-    wrote, tried = kit.event(), kit.event()
+def test_statement_06_what_another_thread_is_using_stays(sync_kit):
+    """`remove()` is refused while another thread uses the session, which stays, with its work."""
+    S = sync_kit.db.session
+    flushing, tried = threading.Event(), threading.Event()
 
-    async def writer():
-        life.user = None
+    @event.listens_for(S, "before_flush")
+    def wait(*_):
+        flushing.set()
+        tried.wait(LIMIT)
+
+    def write():
         S.add(Payment())
-        await kit.done(S.flush())
+        S.commit()
+
+    with scope(), ThreadPoolExecutor(1) as threads:
+        session = S()
+        writing = threads.submit(contextvars.copy_context().run, write)
+        assert flushing.wait(LIMIT)
+        try:
+            with pytest.raises(OverlapError, match=r"session\.close\(\) was called"):
+                S.remove()
+            assert S() is session
+        finally:
+            tried.set()
+        writing.result()
+    assert sync_kit.count() == 1
+
+
+async def test_statement_06_what_another_task_has_written_stays(async_kit):
+    """`remove()` is refused while a task that wrote in the session still runs; the session stays, with its work."""
+    S = async_kit.db.session
+    wrote, tried = asyncio.Event(), asyncio.Event()
+
+    async def write():
+        S.add(Payment())
+        await S.flush()
         wrote.set()
         await tried.wait()
-        await kit.done(S.commit())
+        await S.commit()
 
-    async def remover():
-        await wrote.wait()
-        if kit.db.is_async:
-            outcome.append(await failure_of(kit.done(S.remove())))
-        else:
-            with life.turn:
-                life.user = -1
-                outcome.append(await failure_of(kit.done, S.remove))
-        tried.set()
-
-    async def failure_of(awaitable, call=None):
-        try:
-            await (awaitable(call()) if call else awaitable)
-        except OverlapError as error:
-            return error
-
-    outcome = []
-    async with kit.scope():
+    async with scope():
         session = S()
-        life = getattr(session, "sync_session", session)._dbscope
-        await kit.together(writer, remover)
-        assert isinstance(outcome[0], OverlapError)
-        assert S() is session
-    assert kit.count() == 1
+        writing = asyncio.create_task(write())
+        await wrote.wait()
+        try:
+            with pytest.raises(OverlapError, match=r"is still running"):
+                await S.remove()
+            assert S() is session
+        finally:
+            tried.set()
+        await writing
+    assert async_kit.count() == 1
 
 
 @twice
