@@ -5,8 +5,9 @@ import gc
 import pytest
 from sqlalchemy import create_engine, event, text
 
-from dbscope import Database, UncommittedWrites, scope
+from dbscope import Database, NotTheOwnerError, UncommittedWrites, scope
 from dbscope.instrument import before_statement
+from tests.support.kits import Kit, Payment, twice
 
 
 def test_an_engine_with_the_id_of_one_that_is_gone_is_watched():
@@ -34,3 +35,19 @@ def test_two_databases_on_one_engine_see_each_statement_once():
     Database(engine)
     assert [*engine.dialect.dispatch.do_execute].count(before_statement) == 1
     assert event.contains(engine, "do_execute", before_statement)
+
+
+@twice
+async def test_every_way_to_execute_is_watched(kit: Kit) -> None:
+    """Executions with parameters, without, with many sets of them, and by the driver's own text are all seen."""
+    async with kit.transaction() as session:
+        connection = await kit.done(session.connection())
+        for call in (
+            lambda: connection.exec_driver_sql("COMMIT"),
+            lambda: connection.exec_driver_sql("COMMIT", (), execution_options={"no_parameters": True}),
+            lambda: connection.exec_driver_sql("COMMIT", [(), ()]),
+        ):
+            with pytest.raises(NotTheOwnerError):
+                await kit.done(call())
+        session.add_all([Payment(amount=1), Payment(amount=2)])
+    assert kit.amounts() == [1, 2]
