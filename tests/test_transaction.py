@@ -15,6 +15,7 @@ from dbscope import (
     NotTheOwnerError,
     RollbackOnlyError,
     ScopeMisuseError,
+    SelfBlockedError,
     TransactionInProgress,
     current_scope,
     scope,
@@ -947,3 +948,20 @@ async def test_transactions_3_a_joined_block_of_a_decorator_counts(kit: Kit) -> 
             with pytest.raises(ValueError):
                 await kit.done(helper())
     assert kit.amounts() == []
+
+
+# -- Transactions 10, on a server --------------------------------------------------------------------------------------
+
+
+@twice
+async def test_transactions_10_a_commit_that_would_wait_for_its_own_work_is_refused(server_kit: Kit) -> None:
+    """Where the independent transaction sends its first statement at its commit only, it is found out, too."""
+    kit = server_kit
+    async with kit.transaction() as outer:
+        outer.add(Payment(id=5, amount=1))
+        await kit.done(outer.flush())  # the lock
+        with pytest.raises(SelfBlockedError) as caught:
+            async with kit.transaction(new=True) as inner:
+                inner.add(Payment(id=5, amount=2))
+        assert marked("the lock") in str(caught.value)
+    assert kit.amounts() == [1]

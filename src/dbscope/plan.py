@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy.orm import Session
 
+from dbscope.where import on_behalf, worker
+
 T = TypeVar("T")
 
 
@@ -106,9 +108,17 @@ async def off_loop(function: Callable[[], T]) -> T:
     with _threads_lock:
         if _threads is None:
             _threads = ThreadPoolExecutor(max_workers=10_000, thread_name_prefix="dbscope")
-    context = contextvars.copy_context()
+    context = _ours()
     work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
     return await to_completion(work)
+
+
+def _ours() -> contextvars.Context:
+    """A copy of this context for a task or a thread that works for the caller, who waits for it."""
+    context = contextvars.copy_context()
+    if on_behalf.get() is None:
+        context.run(on_behalf.set, worker())
+    return context
 
 
 async def to_completion(work: "asyncio.Future[T]") -> T:
@@ -131,7 +141,7 @@ async def finish(plan: Plan[T], *, forward: bool) -> tuple[T, asyncio.CancelledE
     Returns:
         the plan's result, and the cancel that is still to be raised, if there was one.
     """
-    work = asyncio.ensure_future(arun(plan))
+    work = asyncio.get_running_loop().create_task(arun(plan), context=_ours())
     cancelled = await _outlast(work, forward=forward)
     return work.result(), cancelled
 

@@ -35,7 +35,7 @@ from dbscope.errors import (
 from dbscope.hooks import Hook, asettle, settle
 from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of, release
 from dbscope.plan import OnSession, Plan, arun, finish, run
-from dbscope.where import Place, ago, here, line_of, name_of, place_of, running_loop, spell, worker
+from dbscope.where import Place, ago, here, line_of, name_of, on_behalf, place_of, running_loop, spell, worker
 
 __all__ = ["Scope", "current_scope", "scope"]
 
@@ -353,12 +353,12 @@ class Scope:
         found: list[Lifecycle] = []
         scope: Scope | None = self._outer
         waits = getattr(self, "_joined", None) is not None
-        me = worker()
+        me = (worker(), on_behalf.get())
         while scope is not None:
             session = scope._sessions.get(source)
             if session is not None:
                 life = life_of(session)
-                if waits or life.user == me:
+                if waits or (life.user is not None and life.user in me):
                     found.append(life)
             waits = waits or getattr(scope, "_joined", None) is not None
             scope = scope._outer

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from asyncio import events as _events
+from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, TypeAlias
@@ -102,6 +103,10 @@ def worker() -> Worker:
     if loop is None:
         return thread_id()
     return asyncio.current_task(loop) or thread_id()
+
+
+# For whom a task or thread of dbscope's own ends something: who waits for it meanwhile.
+on_behalf: ContextVar[Worker | None] = ContextVar("dbscope.on_behalf", default=None)
 
 
 def task_now() -> asyncio.Task[Any] | None:

@@ -20,7 +20,6 @@ from dbscope.compat import scoped_session
 from tests.compat.conftest import Base, Payment, in_thread
 
 NEW = sqlalchemy.__version__ >= "2.1"
-<<<<<<< HEAD
 PROXIED = """
 __contains__ __iter__ add add_all begin begin_nested close reset commit connection delete execute expire expire_all
 expunge expunge_all flush get get_one get_bind is_modified bulk_save_objects bulk_insert_mappings bulk_update_mappings
@@ -31,52 +30,6 @@ LACKING = """
 in_transaction in_nested_transaction get_transaction get_nested_transaction invalidate expire_on_commit prepare twophase
 join_transaction_mode autobegin
 """
-=======
-METHODS = [
-    "__contains__",
-    "__iter__",
-    "add",
-    "add_all",
-    "begin",
-    "begin_nested",
-    "close",
-    "reset",
-    "commit",
-    "connection",
-    "delete",
-    "execute",
-    "expire",
-    "expire_all",
-    "expunge",
-    "expunge_all",
-    "flush",
-    "get",
-    "get_one",
-    "get_bind",
-    "is_modified",
-    "bulk_save_objects",
-    "bulk_insert_mappings",
-    "bulk_update_mappings",
-    "merge",
-    "query",
-    "refresh",
-    "rollback",
-    "scalar",
-    "scalars",
-] + (["delete_all", "merge_all"] if NEW else ["close_all"])
-LACKING = [
-    "in_transaction",
-    "in_nested_transaction",
-    "get_transaction",
-    "get_nested_transaction",
-    "invalidate",
-    "expire_on_commit",
-    "prepare",
-    "twophase",
-    "join_transaction_mode",
-    "autobegin",
-]
->>>>>>> 4fd0cdb (Watch every engine: event.contains goes by ids, and left an engine without protection whose id a dead one had had)
 
 
 @pytest.fixture
