@@ -83,3 +83,12 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not [link for link in missing if link.removeprefix("docs/") not in PENDING]
+
+
+def test_the_architecture_page_names_every_room():
+    """A new module is not forgotten on the page that leads newcomers to it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {
+        path.stem for path in (ROOT / "src" / "dbscope").iterdir() if path.name[0] not in "._" and path.stem != "py"
+    }
+    assert not [room for room in sorted(rooms) if not re.search(rf"\b{room}\b", page)]
