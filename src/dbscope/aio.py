@@ -5,7 +5,7 @@ import contextlib
 import importlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
@@ -15,6 +15,7 @@ try:
     from sqlalchemy.ext.asyncio import (
         AsyncEngine,
         AsyncSession,
+        AsyncSessionTransaction,
         async_scoped_session,
         async_sessionmaker,
         create_async_engine,
@@ -28,6 +29,7 @@ from dbscope.database import (
     BaseDatabase,
     kind_of,
     make_engine,
+    refuse_class,
     refuse_options,
     refuse_second,
     refuse_unbound,
@@ -40,7 +42,7 @@ from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
 from dbscope.lifecycle import derive, release
 from dbscope.plan import arun, to_completion
-from dbscope.registry import forget, look_up, stand_for, waits_for_owner
+from dbscope.registry import beyond, forget, look_up, stand_for, waits_for_owner
 from dbscope.transaction import AsyncTransaction, Kind, transactional
 
 __all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
@@ -48,6 +50,7 @@ __all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
 S = TypeVar("S", bound=AsyncSession)
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _hooks_at_once: set["asyncio.Future[Any]"] = set()  # a loop keeps tasks weakly
@@ -55,6 +58,19 @@ _hooks_at_once: set["asyncio.Future[Any]"] = set()  # a loop keeps tasks weakly
 
 class AsyncSessionRegistry(async_scoped_session[S]):
     """The current scope's `AsyncSession`: call it for the session itself, or use it as if it were one."""
+
+    if TYPE_CHECKING:  # the members that `stand_for` adds below
+        sync_session: Session
+
+        def get_nested_transaction(self) -> AsyncSessionTransaction | None: ...
+        def get_transaction(self) -> AsyncSessionTransaction | None: ...
+        def in_nested_transaction(self) -> bool: ...
+        def in_transaction(self) -> bool: ...
+        async def run_sync(self, fn: Callable[Concatenate[Session, P], T], *arg: P.args, **kw: P.kwargs) -> T: ...
+    else:
+
+        def __getattr__(self, name):
+            return beyond(self, name)
 
     def __init__(self, source: Any, factory: "async_sessionmaker[S]") -> None:
         self.session_factory = factory
@@ -118,21 +134,21 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
 
     @overload
     def __init__(
-        self: "AsyncDatabase[AsyncSession]",
+        self,
         target: "str | URL | AsyncEngine",
         *,
         name: str | None = None,
+        session_class: type[S],
         uncommitted: Literal["warn", "raise", "off"] = "warn",
         **options: Any,
     ) -> None: ...
 
     @overload
     def __init__(
-        self,
+        self: "AsyncDatabase[AsyncSession]",
         target: "str | URL | AsyncEngine",
         *,
         name: str | None = None,
-        session_class: type[S],
         uncommitted: Literal["warn", "raise", "off"] = "warn",
         **options: Any,
     ) -> None: ...
@@ -158,6 +174,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         url: URL | None = None
         memory: sqlite.Memory | None = None
         kw: dict[str, Any]
+        refuse_class(session_class, AsyncSession)
         if isinstance(target, async_sessionmaker):
             refuse_options(options, "an async_sessionmaker")
             session_class, kw = target.class_, target.kw

@@ -228,10 +228,11 @@ class Database(BaseDatabase, Generic[S]):
 
     @overload
     def __init__(
-        self: "Database[Session]",
+        self,
         target: "str | URL | Engine",
         *,
         name: str | None = None,
+        session_class: type[S],
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
         **options: Any,
@@ -239,11 +240,10 @@ class Database(BaseDatabase, Generic[S]):
 
     @overload
     def __init__(
-        self,
+        self: "Database[Session]",
         target: "str | URL | Engine",
         *,
         name: str | None = None,
-        session_class: type[S],
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
         **options: Any,
@@ -272,6 +272,7 @@ class Database(BaseDatabase, Generic[S]):
         url: URL | None = None
         memory: sqlite.Memory | None = None
         kw: dict[str, Any]
+        refuse_class(session_class, Session)
         if isinstance(target, sessionmaker):
             refuse_options(options, "a sessionmaker")
             session_class, kw, engine = target.class_, target.kw, target.kw.get("bind")
@@ -500,6 +501,14 @@ _SESSION_OPTIONS = frozenset(inspect.signature(Session.__init__).parameters) - {
 
 def _like(name: str, known: Sequence[str]) -> list[str]:
     return [] if name in known else difflib.get_close_matches(name, known, 1, 0.7)
+
+
+def refuse_class(session_class: Any, wanted: type[Any]) -> None:
+    """Raise if `session_class` is not a class of the sessions that this database makes."""
+    if not (isinstance(session_class, type) and issubclass(session_class, wanted)):
+        raise ConfigurationError(
+            f"session_class is {wanted.__name__} or a class derived from it, not {session_class!r}."
+        )
 
 
 def session_options(session_class: type[Any], options: dict[str, Any]) -> dict[str, Any]:

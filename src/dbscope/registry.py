@@ -7,7 +7,7 @@ instead of forwarding each call, which is what makes it faster than the original
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -16,6 +16,10 @@ from dbscope.errors import DBScopeError
 from dbscope.lifecycle import End, end_life, life_of, release
 from dbscope.scope import implicit_scope, open_implicit
 from dbscope.where import here, running_loop
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine, TableClause
+    from sqlalchemy.orm import SessionTransaction
 
 __all__ = ["SessionRegistry"]
 
@@ -91,6 +95,27 @@ class SessionRegistry(scoped_session[S]):
 
     registry: Any
 
+    if TYPE_CHECKING:  # the members that `stand_for` adds below
+        autobegin: bool
+        expire_on_commit: bool
+        hash_key: int
+        join_transaction_mode: str
+        twophase: bool
+
+        def bind_mapper(self, mapper: Any, bind: Engine | Connection) -> None: ...
+        def bind_table(self, table: TableClause, bind: Engine | Connection) -> None: ...
+        def enable_relationship_loading(self, obj: object) -> None: ...
+        def get_nested_transaction(self) -> SessionTransaction | None: ...
+        def get_transaction(self) -> SessionTransaction | None: ...
+        def in_nested_transaction(self) -> bool: ...
+        def in_transaction(self) -> bool: ...
+        def invalidate(self) -> None: ...
+        def prepare(self) -> None: ...
+    else:
+
+        def __getattr__(self, name):
+            return beyond(self, name)
+
     def __init__(self, source: Any, factory: "sessionmaker[S]") -> None:
         self.session_factory = factory
         self.registry = look_up(source)
@@ -158,6 +183,17 @@ def forget(registry: Any, session: Any) -> None:
     home = life_of(session).home
     registry.registry.clear()
     end_life(session, End(home.describe() if home else registry._source.name, "it was removed", here()))
+
+
+def beyond(registry: Any, name: str) -> Any:
+    """A member that the user's own session class adds, such as the `exec` of SQLModel's.
+
+    Raises:
+        AttributeError: it has none of this name.
+    """
+    if name.startswith("_") or not hasattr(registry._source._class, name):
+        raise AttributeError(f"{type(registry).__name__!r} object has no attribute {name!r}", name=name, obj=registry)
+    return getattr(registry.registry(), name)
 
 
 def _member(name: str, original: Any = None) -> property:
