@@ -17,8 +17,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
-demo: .venv/ready  ## run examples/bank.py
-	@$(BIN)/python examples/bank.py
+demo: .venv/ready  ## run examples/bank.py; ARGS='--async' goes to it
+	@$(BIN)/python examples/bank.py $(ARGS)
 
 test: .venv/ready  ## run the suite; ARGS='-k scope' picks tests
 	$(BIN)/python -m pytest -n logical $(ARGS)
