@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from sqlalchemy import create_engine, event
@@ -19,7 +19,7 @@ from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
 from dbscope.fanout import Slots, fan_out
 from dbscope.hooks import Hook, Outcome, settle, title
 from dbscope.instrument import instrument_engine, instrument_sessions
-from dbscope.lifecycle import Lifecycle, ScopedSession, adopt, derive, life_of
+from dbscope.lifecycle import Lifecycle, ScopedSession, Shared, adopt, derive, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
 from dbscope.registry import SessionRegistry
@@ -44,12 +44,24 @@ _EXTRAS = {
 }
 
 
+class SharedConnection(Shared, Protocol):
+    """What `dbscope.testing` puts into a database, so that its sessions share a connection."""
+
+    connection: Connection
+    options: dict[str, Any]
+
+    def adopt(self, session: ScopedSession, life: Lifecycle) -> None:
+        """A session was made that works on the connection."""
+
+
 class BaseDatabase:
     """What both colours share. Not public: use `Database` or `AsyncDatabase`."""
 
     is_async = False
     name: str
     uncommitted: Literal["warn", "raise", "off"]
+    shared: SharedConnection | None = None  # in the sandbox of a test: what all sessions work on
+    capture: Callable[..., Callable[[], Any]] | None = None  # in a test: what becomes of the hooks
 
     _maker: Any  # sessionmaker | async_sessionmaker
     _class: type[Any]
@@ -91,16 +103,21 @@ class BaseDatabase:
     def make(self, home: Scope | None, options: dict[str, Any] | None = None) -> Any:
         """A new session, with its life begun in `home`."""
         kw = self._maker.kw
+        shared = self.shared
+        if shared is not None:
+            options = {**shared.options, **(options or {})}
         session = self._class(**kw) if options is None else self._class(**{**kw, **options})
+        sync: ScopedSession = session.sync_session if self.is_async else session
+        life = adopt(sync, home, self)
         if self.is_async:
-            session._dbscope = adopt(session.sync_session, home, self)
-        else:
-            adopt(session, home, self)
+            session._dbscope = life
+        if shared is not None and sync.bind is shared.connection:
+            shared.adopt(sync, life)
         return session
 
     def make_reader(self, home: Scope) -> Any:
         """A new session whose transactions the server keeps read-only, where it knows how to."""
-        if self._sync_engine.dialect.name != "postgresql":
+        if self._sync_engine.dialect.name != "postgresql" or self.shared is not None:
             return self.make(home)
         kw = self._maker.kw
         options: dict[str, Any] = {"bind": _read_only(kw.get("bind"))}
@@ -134,6 +151,8 @@ class BaseDatabase:
 
     def capacity(self) -> float:
         """How many connections the pool gives out at most."""
+        if self.shared is not None:
+            return self.slots.stuck + 1  # one part of a fan-out at a time, whatever its callers hold
         pool: Any = self._sync_engine.pool
         overflow = getattr(pool, "_max_overflow", -1)  # only QueuePool has a limit, and no public name for it
         return float("inf") if overflow < 0 else pool.size() + overflow
@@ -155,6 +174,8 @@ class BaseDatabase:
     ) -> Callable[[], Any] | None:
         """Keep a hook for the end of the open transaction; give its call back if there is none."""
         call = call_of(function, args, kwargs, here(), is_async=self.is_async)
+        if outcome == "commit" and self.capture is not None:
+            call = self.capture(call, function, args, kwargs)
         home = current_scope()
         while home is not None and home.has(self) and (reader := life_of(home.open(self)).owner) and reader.reader:
             home = home._outer  # it commits nothing: the hook belongs to the transaction around it, if there is one

@@ -7,7 +7,8 @@
     ├── ScopeError
     │   ├── NoScopeError            a session was asked for where no scope is open
     │   ├── ScopeEndedError         the scope, or the session, is over
-    │   └── ScopeMisuseError        entered twice, in a generator, in the wrong colour, in the wrong process
+    │   ├── ScopeMisuseError        entered twice, in a generator, in the wrong colour, in the wrong process
+    │   └── LeftOpenError           a test ended, and something that it opened was still open
     ├── OverlapError                one session, two threads or tasks
     ├── FanOutError                 a fan-out that could never get a connection
     └── TransactionError
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigurationError",
     "DBScopeError",
     "FanOutError",
+    "LeftOpenError",
     "NoScopeError",
     "NotTheOwnerError",
     "OverlapError",
@@ -67,6 +69,10 @@ class ScopeEndedError(ScopeError):
 
 class ScopeMisuseError(ScopeError):
     """A scope was entered twice, in a generator's frame, in the wrong colour or in the wrong process."""
+
+
+class LeftOpenError(ScopeError):
+    """A test ended, and a scope or a connection of it was still open."""
 
 
 class OverlapError(DBScopeError):

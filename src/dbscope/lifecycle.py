@@ -38,6 +38,7 @@ from dbscope.where import Place, Worker, ago, here, name_of, spell, task_now, wo
 
 if TYPE_CHECKING:
     import asyncio
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.orm import SessionTransaction
 
@@ -71,6 +72,16 @@ class Source(Protocol):
 
     def run_hooks(self, hooks: "Sequence[Hook]") -> None:
         """Run the hooks of a transaction that its user ended, each in a scope of its own."""
+
+
+class Shared(Protocol):
+    """One connection for the sessions of several scopes, under a transaction that is never committed: a test's."""
+
+    def using(self, session: "ScopedSession", use: str) -> "AbstractContextManager[None]":
+        """Around each call of a session that may talk to the database."""
+
+    def statement(self, session: Session, kind: Kind, text: str) -> None:
+        """A session is about to execute a statement other than a plain read."""
 
 
 class Owner:
@@ -170,7 +181,7 @@ class Lifecycle:
     beside: "tuple[Lifecycle, ...]" = ()  # open transactions of the same work, whose locks this one must not wait for
     backend: int | None = None  # the server's process, where it was asked for
     watch: LockWatch | None = None  # over the statement that is running
-    shared: "Connection | None" = None  # a connection of somebody else's that sessions share (tests)
+    shared: Shared | None = None  # whose connection this session and others work on, in the sandbox of a test
     _ref: "ref[Lifecycle] | None" = None
 
     def __init__(self, turn: "threading.Lock") -> None:
@@ -266,7 +277,7 @@ class Lifecycle:
         self.since = time.monotonic()
         source, home = self.source, self.home
         if source is not None:
-            if source.knows_waits and home is not None:
+            if source.knows_waits and home is not None and self.shared is None:
                 self.beside = tuple(life for life in home.outer_lives(source) if life.connection is not None)
             mine = self._ref = ref(self, source.holders.discard)
             source.holders.add(mine)
@@ -276,6 +287,8 @@ class Lifecycle:
 
         `alone`: it takes part in no transaction, as SQLite's VACUUM.
         """
+        if self.shared is not None:
+            self.shared.statement(session, kind, text)
         if self.acting:
             if kind is Kind.WRITE:  # the flush of a commit
                 self.refuse_write()
@@ -403,7 +416,7 @@ class Lifecycle:
     def refuse_self_block(self, session: Session) -> None:
         """Raise if the pool has no connection left but those that the scopes around this one hold."""
         home, source = self.home, self.source
-        if home is None or source is None:
+        if home is None or source is None or self.shared is not None:
             return
         held = [life for life in home.outer_lives(source) if life.taken is not None]
         if held and len(held) >= source.capacity():
@@ -490,7 +503,8 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
                 life.refuse_ended()
                 _refuse_fork(life)
             if life.shared is not None:
-                cast("Any", life.shared)._dbscope = session
+                with life.shared.using(session, name):
+                    return use(session, *args, **kwargs)
             return use(session, *args, **kwargs)
         except DBAPIError as error:
             _explain(life, error)

@@ -144,7 +144,7 @@ class _Block(Generic[SessionT]):
             )
         life.refuse_sibling("transaction()")
         life.own(self._owner(frame))
-        if self._source.own_begin and life.taken is not None:
+        if self._source.own_begin and life.taken is not None and life.shared is None:
             life.acting = True
             try:
                 yield OnSession(session, sqlite.restart)
