@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import inspect
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,24 +94,25 @@ async def test_statement_06_remove(kit):
 async def test_statement_06_a_session_that_fails_to_close_is_forgotten(kit):
     """A raising `close()` is raised by `remove()`; its connection is back, and it is not handed out again."""
     db = kit.database()
+    tries = itertools.count(1)
     if db.is_async:
         from sqlalchemy.ext.asyncio import AsyncSession
 
         class BadClose(AsyncSession):
             async def close(self):
-                raise OSError("closing failed")
+                raise OSError(f"closing failed, {next(tries)}")
 
     else:
 
         class BadClose(Session):
             def close(self):
-                raise OSError("closing failed")
+                raise OSError(f"closing failed, {next(tries)}")
 
     S = kit.database(db.engine, session_class=BadClose).session
     async with kit.scope():
         broken = S()
         await kit.done(broken.execute(text("SELECT 1")))
-        with pytest.raises(OSError, match="closing failed"):
+        with pytest.raises(OSError, match="closing failed, 1"):
             await kit.done(S.remove())
         assert not S.registry.has()
         assert kit.checked_out() == 0

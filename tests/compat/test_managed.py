@@ -221,19 +221,31 @@ def test_statement_31_an_error_of_the_inner_fails_both(registry):
     assert amounts() == []
 
 
-def test_statement_31_a_hidden_error_of_the_inner_is_not_committed(registry):
+@pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
+def test_statement_31_a_hidden_error_of_the_inner_is_not_committed(registry, kind):
     """Where the outer block hides the inner one's error, half of the work is not committed: that raises."""
     with pytest.raises(RollbackOnlyError, match="the inner's") as caught:
         with ManagedSession() as outer:
             outer.add(Payment(amount=1))
             try:
                 with ManagedSession():
-                    raise KeyError("the inner's")
-            except KeyError:
+                    raise kind("the inner's")
+            except kind:
                 pass
-    assert isinstance(caught.value.__cause__, KeyError)
+    assert isinstance(caught.value.__cause__, kind)
     assert amounts() == []
     assert not registry.registry.has()
+
+
+def test_statement_31_a_session_that_comes_again_is_no_inner_one(registry):
+    """Where a factory hands out one session again and again, each block on it commits."""
+    with ManagedSession() as session:
+        session.add(Payment(amount=1))
+    registry.registry.set(session)
+    with ManagedSession() as again:
+        assert again is session
+        again.add(Payment(amount=2))
+    assert amounts() == [1, 2]
 
 
 def test_statement_31_a_scope_inside_has_a_block_of_its_own(registry):

@@ -1,8 +1,6 @@
 """Statements 1 to 14: `scoped_session`, by compat's name."""
 
 import gc
-import subprocess
-import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -463,25 +461,3 @@ def test_a_scopefunc_is_obeyed_inside_of_scopes(factory):
         session = S()
     assert S() is session
     S.remove()
-
-
-def test_import_without_greenlet():
-    """`import dbscope.compat` works where greenlet is not installed; the async name says what to install."""
-    code = """
-import sys
-sys.modules["greenlet"] = None
-import dbscope.compat
-dbscope.compat.scoped_session
-try:
-    dbscope.compat.async_scoped_session
-except ImportError as error:
-    assert 'pip install "dbscope[async]"' in str(error), error
-else:
-    raise AssertionError("no error")
-try:
-    dbscope.compat.nothing
-except AttributeError:
-    pass
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
