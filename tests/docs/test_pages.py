@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 # Pages that are being written; take each out when it is there.
-PENDING = {"compat.md", "how-to/tests.md", "benchmarks.md"}
+PENDING = {"how-to/tests.md", "benchmarks.md"}
 
 
 class Example(NamedTuple):
