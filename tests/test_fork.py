@@ -88,7 +88,7 @@ def test_failures_15_the_parents_session_is_refused_in_the_child(sync_server_kit
 
 
 def test_failures_15_the_child_works_with_a_connection_of_its_own(sync_server_kit):
-    """In the child the block it was forked in, a new scope and a transaction get sessions and connections of its own."""
+    """In the child the block it was forked in, a new scope and a transaction get connections of its own."""
     kit = sync_server_kit
     with scope("parent"):
         mine = backend(kit.session())
@@ -222,6 +222,35 @@ def test_failures_15_sessions_outside_of_scopes(sync_server_kit):
         assert fork(lambda: error_of(lambda: session.scalar(text("SELECT 1"))))[0] == "ScopeMisuseError"
         session.commit()
     assert kit.amounts() == [1]
+
+
+def test_failures_15_a_dropped_session_is_not_collected_in_the_child(sync_server_kit):
+    """A session that only the collector would close in the child is never closed there: the parent's work goes on."""
+    import gc
+
+    kit = sync_server_kit
+    kept = [kit.db.new_session()]
+    kept[0].add(Payment(amount=1))
+    kept[0].flush()
+
+    def child():
+        kept.clear()
+        gc.collect()
+
+    fork(child)
+    kept[0].commit()
+    kept[0].close()
+    assert kit.amounts() == [1]
+
+
+def test_failures_15_the_pools_idle_connections_are_the_parents(sync_server_kit):
+    """A connection that lay in the pool at the fork is used by the parent alone."""
+    kit = sync_server_kit
+    with scope():
+        idle = backend(kit.session())
+    with scope():
+        assert fork(lambda: backend(kit.session())) != idle
+        assert backend(kit.session()) == idle
 
 
 def test_failures_15_a_fork_in_a_managed_transaction(sync_server_kit):
