@@ -44,13 +44,18 @@ def run(plan: Plan[T]) -> T:
         step = next(plan)
         while True:
             try:
-                result = step.function() if isinstance(step, Call) else step.action(step.session)
+                result = step.function() if isinstance(step, Call) else step.action(_inner(step.session))
             except BaseException as error:
                 step = plan.throw(error)
             else:
                 step = plan.send(result)
     except StopIteration as done:
         return done.value  # type: ignore[no-any-return]  # a plan returns its T
+
+
+def _inner(session: Any) -> Any:
+    """The sync session: an async one that holds no connection can be ended without a loop."""
+    return getattr(session, "sync_session", session)
 
 
 async def arun(plan: Plan[T]) -> T:
