@@ -48,9 +48,7 @@ def test_transactions_10_a_transaction_begins_immediate(sync_kit: SyncKit) -> No
 
 
 @pytest.mark.parametrize(("writes", "begin"), [(True, "BEGIN IMMEDIATE"), (False, "BEGIN")])
-def test_transactions_10_an_on_success_scope_says_if_it_writes(
-    sync_kit: SyncKit, writes: bool, begin: str
-) -> None:
+def test_transactions_10_an_on_success_scope_says_if_it_writes(sync_kit: SyncKit, writes: bool, begin: str) -> None:
     """An on-success scope takes the write lock, too, unless it was opened with `writes=False`."""
     seen = traced(sync_kit.db)
     with scope(commit="on-success", writes=writes):

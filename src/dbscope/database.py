@@ -202,6 +202,10 @@ class BaseDatabase:
     def _disposing(self) -> None:
         held = self._open_scopes()
         if held:
+            for life in [*self.holders]:
+                connection = getattr(life(), "connection", None)
+                if connection is not None and not connection.closed and not connection.invalidated:
+                    connection.detach()  # or the old pool would take it back, and keep it open
             warnings.warn(
                 f"{self.name} was disposed of while connections were held by {held}.\n"
                 "They are closed when they are given back. End the scopes first.",
