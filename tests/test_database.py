@@ -1,6 +1,7 @@
 """Databases: what they are made from, their sessions, several side by side, and their end."""
 
 import gc
+import sqlite3
 from typing import Any
 
 import pytest
@@ -203,10 +204,12 @@ async def test_scopes_dispose_with_open_scopes_says_which(kit: Kit) -> None:
         await kit.done(kit.session().execute(ALL))
         connection = await kit.done(kit.session().connection())
         raw = connection.sync_connection if kit.colour == "async" else connection
+        driver = raw.connection.driver_connection
         with pytest.warns(ScopeWarning, match=r"while connections were held by scope 'nightly' .* since .*\.py:\d+"):
             await kit.done(db.dispose())
     assert raw.closed
-    assert getattr(db.engine, "sync_engine", db.engine).pool.checkedin() == 0  # it was closed, not pooled
+    with pytest.raises((sqlite3.ProgrammingError, ValueError), match=r"closed|no active connection"):
+        await kit.done(driver.execute("SELECT 1"))  # the driver's connection, which the old pool would have kept
     await kit.done(db.dispose())  # nobody holds any now: no warning
 
 
