@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from weakref import ref
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from dbscope.errors import (
@@ -511,6 +511,13 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             watch = life.watch
             if watch is not None and watch.blocked_by is not None and (own := life.blocked(watch)) is not None:
                 raise own from error
+            raise
+        except PendingRollbackError as error:
+            if life.owner is not None:
+                error.add_note(
+                    f"Inside {life.owner} do not roll back: let the first error out of the block, or put the part "
+                    "that may fail into `transaction(nested=True)`."
+                )
             raise
         except (ConnectionError, gaierror) as error:  # asyncpg's, which SQLAlchemy lets through as it is
             if life.taken is None and life.source is not None:
