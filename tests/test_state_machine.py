@@ -1,0 +1,457 @@
+"""Any mix of scopes, blocks, savepoints, failures, hooks and hand-overs, against a model of plain dictionaries.
+
+Hypothesis makes up programs from the rules below, a step at a time, and shrinks one that fails to the shortest.
+After each step the committed rows, the hooks that ran and the connections that are out have to be the model's.
+`DBSCOPE_MACHINE_EXAMPLES=2000 pytest tests/test_state_machine.py` looks longer than `make test` does.
+"""
+
+import gc
+import os
+import warnings
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
+
+from dbscope import current_scope, scope
+from tests.support.kits import Kit, Payment
+from tests.support.model import Errors, Model
+from tests.support.steps import Steps, steps_for
+
+EXAMPLES = int(os.environ.get("DBSCOPE_MACHINE_EXAMPLES", "0"))
+KEYS = range(1, 7)
+SEED = 1  # a row that is always there, for statements that have to fail
+
+
+class Failure(Exception):
+    """What the user's own code raises."""
+
+
+class World:
+    """One database, and the runner of its colour, for all examples of a test."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        self.one_writer = kit.url.get_backend_name() == "sqlite"
+        # A wait for a lock is a bug here: it fails at once, or (on a server) before the test's patience ends.
+        if self.one_writer:
+            options: dict[str, Any] = {"timeout": 0}
+        elif kit.colour == "sync":
+            options = {"options": "-c lock_timeout=2s"}
+        else:
+            options = {"server_settings": {"lock_timeout": "2s"}}
+        self.steps: Steps = steps_for(kit)
+        self.db = self.steps.do(self._database(options))
+        self.outside = kit.outside.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    async def _database(self, options: dict[str, Any]) -> Any:
+        return self.kit.database(connect_args=options)
+
+    def rows(self) -> dict[int, int]:
+        return {key: value for key, value in self.outside.execute(select(Payment.id, Payment.amount)).all()}
+
+    def close(self) -> None:
+        async def dispose() -> None:
+            await self.kit.done(self.db.dispose())
+
+        self.steps.do(dispose())
+        self.steps.close()
+        self.outside.close()
+        self.kit.outside.dispose()
+
+
+class Machine(RuleBasedStateMachine):
+    """Each rule does one step to dbscope and to the model, and compares how they answered."""
+
+    world: World
+
+    def __init__(self) -> None:
+        super().__init__()
+        world = self.world
+        world.outside.execute(delete(Payment))
+        world.outside.execute(insert(Payment), {"id": SEED, "amount": 0})
+        world.steps.fresh()
+        self.kit, self.db = world.kit, world.db
+        self.model = Model({SEED: 0}, one_writer=world.one_writer)
+        self.blocks: list[tuple[Any, Any]] = []  # the manager of each open block (or savepoint), and its session
+        self.fired: list[tuple[int, int]] = []
+        self.values = 0
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Any:
+        return self.blocks[-1][1]
+
+    def step(self, what: Coroutine[Any, Any, Any], errors: Errors, *, elsewhere: bool = False) -> Any:
+        """Run a step of which the model says how it ends."""
+        try:
+            result = (self.world.steps.hand_over if elsewhere else self.world.steps.do)(what)
+        except Exception as error:
+            if not errors or not isinstance(error, errors):
+                raise
+            return None
+        assert not errors, f"expected {errors}"
+        return result
+
+    async def done(self, value: Any) -> Any:
+        return await self.kit.done(value)
+
+    def user(self, elsewhere: bool) -> Any:
+        """The thread or task that makes a step: tasks are handed to but once."""
+        if not elsewhere:
+            return "main"
+        self.values += 1
+        return "other" if self.kit.colour == "sync" else self.values
+
+    def new_value(self) -> int:
+        self.values += 1
+        return self.values
+
+    def leave_if_stuck(self) -> None:
+        """After a flush that failed, SQLAlchemy's session refuses all: the error goes on out of the block."""
+        if self.model.stack and self.model.work.stuck:
+            self.leave_blocks(1, failing=True)
+
+    # -- entering ------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.blocks) < 7)
+    @rule(on_success=st.booleans())
+    def enter_scope(self, on_success: bool) -> None:
+        errors = self.model.enter_scope(on_success=on_success)
+
+        async def enter() -> None:
+            manager = self.kit.block(scope(commit="on-success" if on_success else None))
+            await manager.__aenter__()
+            self.blocks.append((manager, self.db.session()))
+
+        self.step(enter(), errors)
+
+    @precondition(lambda self: len(self.blocks) < 7)
+    @rule(kind=st.sampled_from(["required", "required", "nested", "nested", "new"]))
+    def enter_transaction(self, kind: str) -> None:
+        options = {} if kind == "required" else {kind: True}
+        if self.model.stack and not self.model.can_write("main") and kind != "new":
+            return
+        self.enter(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
+
+    @precondition(lambda self: len(self.blocks) < 7)
+    @rule()
+    def enter_reader(self) -> None:
+        self.enter(self.kit.reader(), self.model.enter_reader())
+
+    def enter(self, manager: Any, errors: Errors) -> None:
+        async def enter() -> None:
+            self.blocks.append((manager, await manager.__aenter__()))
+
+        self.step(enter(), errors)
+        self.leave_if_stuck()
+
+    @precondition(
+        lambda self: (
+            self.blocks
+            and len(self.blocks) < 7
+            and self.model.work.owner != "reader"
+            and self.model.work.doom is None
+            and (not self.model.work.pending or self.model.can_write("main"))
+        )
+    )
+    @rule()
+    def enter_savepoint(self) -> None:
+        errors = self.model.enter_savepoint("main")
+
+        async def enter() -> None:
+            session = self.session
+            self.blocks.append((await self.done(session.begin_nested()), session))
+
+        self.step(enter(), errors)
+        self.leave_if_stuck()
+
+    # -- leaving -------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.blocks)
+    @rule(count=st.integers(1, 3), failing=st.booleans())
+    def leave(self, count: int, failing: bool) -> None:
+        """Leave the innermost block; an error goes through `count` of them before somebody swallows it."""
+        if self.model.work.pending and not failing and not self.model.can_write("main"):
+            return
+        self.leave_blocks(count, failing=failing)
+
+    def leave_blocks(self, count: int, *, failing: bool) -> None:
+        error: Exception | None = Failure() if failing else None
+        for _ in range(min(count, len(self.blocks))):
+            kind = self.model.top.kind
+            errors = self.model.leave("main", failing=error is not None)
+            manager, session = self.blocks.pop()
+            leave = self.leave_savepoint(manager, error) if kind == "savepoint" else self.leave_block(manager, error)
+            came = self.world.steps.do(leave)
+            if error is not None:
+                assert came is error, f"{came!r} came out instead of the user's error"
+            elif errors:
+                assert isinstance(came, errors), f"{came!r} came out, not one of {errors}"
+                error = came
+            elif came is not None:
+                raise came
+            else:
+                break
+        self.leave_if_stuck()
+
+    async def leave_block(self, manager: Any, error: Exception | None) -> Exception | None:
+        """Leave as `with` does; returns what comes out."""
+        try:
+            await manager.__aexit__(*((None, None, None) if error is None else (type(error), error, None)))
+        except Exception as raised:
+            return raised
+        return error
+
+    async def leave_savepoint(self, savepoint: Any, error: Exception | None) -> Exception | None:
+        """Leave as a `with session.begin_nested()` of the user's does."""
+        sync = getattr(savepoint, "sync_transaction", savepoint)
+        if sync is None or sync.session is None:
+            return error  # it went with its transaction
+        try:
+            if error is None:
+                await self.done(savepoint.commit())
+        except Exception as raised:
+            error = raised
+        if error is not None:
+            await self.done(savepoint.rollback())
+        return error
+
+    # -- working -------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.blocks)
+    @rule(elsewhere=st.booleans())
+    def read(self, elsewhere: bool) -> None:
+        user = self.user(elsewhere)
+        if (self.model.work.pending or self.model.work.owner in ("block", "on-success")) and not self.model.can_write(
+            user
+        ):
+            return
+        errors = self.model.read(user)
+
+        async def read() -> dict[int, int]:
+            found = await self.done(self.session.execute(select(Payment.id, Payment.amount)))
+            return {key: value for key, value in found.all()}
+
+        rows = self.step(read(), errors, elsewhere=elsewhere)
+        assert errors or rows == self.model.view()
+        self.leave_if_stuck()
+
+    @precondition(lambda self: self.blocks)
+    @rule(
+        key=st.sampled_from(KEYS),
+        how=st.sampled_from(["orm", "orm", "core", "text"]),
+        remove=st.sampled_from([False, False, False, True]),
+        elsewhere=st.booleans(),
+    )
+    def write(self, key: int, how: str, remove: bool, elsewhere: bool) -> None:
+        """Insert, update or delete a row, and send it at once."""
+        user = self.user(elsewhere)
+        if not self.model.free(key) or not self.model.can_write(user):
+            return
+        there = key in {**self.model.view(), **self.model.work.pending}
+        remove = remove and there and key != SEED
+        value = None if remove else self.new_value()
+        if how == "orm" and there and (self.model.work.owner == "reader" or self.model.work.stuck):
+            how = "core"
+        by_flush = how == "orm"
+        errors = self.model.write(key, value, user, by_flush=by_flush)
+        self.step(self.send(key, value, how, there=there), errors, elsewhere=elsewhere)
+        self.leave_if_stuck()
+
+    async def send(self, key: int, value: int | None, how: str, *, there: bool) -> None:
+        session = self.session
+        await self.done(session.flush())
+        if how == "orm" and there:
+            row = await self.done(session.get(Payment, key, populate_existing=True))
+            if value is None:
+                await self.done(session.delete(row))
+            else:
+                row.amount = value
+            await self.done(session.flush())
+        elif how == "orm":
+            session.add(Payment(id=key, amount=value))
+            await self.done(session.flush())
+        elif how == "core":
+            if value is None:
+                statement: Any = delete(Payment).where(Payment.id == key)
+            elif there:
+                statement = update(Payment).where(Payment.id == key).values(amount=value)
+            else:
+                statement = insert(Payment.__table__).values(id=key, amount=value)
+            await self.done(session.execute(statement, execution_options={"synchronize_session": False}))
+        else:
+            if value is None:
+                words = "DELETE FROM payments WHERE id = :key"
+            elif there:
+                words = "UPDATE payments SET amount = :value WHERE id = :key"
+            else:
+                words = "INSERT INTO payments (id, amount) VALUES (:key, :value)"
+            await self.done(session.execute(text(words), {"key": key, **({} if value is None else {"value": value})}))
+
+    @precondition(lambda self: self.blocks and self.model.work.owner != "reader")
+    @rule(key=st.sampled_from(KEYS))
+    def add(self, key: int) -> None:
+        """Give the session a new object, and send nothing."""
+        model = self.model
+        if not model.free(key) or not model.can_write("main") or model.work.stuck or model.work.doom is not None:
+            return
+        if key in model.view() or key in model.work.pending:
+            return
+        value = self.new_value()
+        errors = model.add(key, value)
+
+        async def add() -> None:
+            self.session.add(Payment(id=key, amount=value))
+
+        self.step(add(), errors)
+
+    @precondition(lambda self: self.blocks)
+    @rule(elsewhere=st.booleans())
+    def flush(self, elsewhere: bool) -> None:
+        user = self.user(elsewhere)
+        if self.model.work.pending and not self.model.can_write(user):
+            return
+
+        async def flush() -> None:
+            await self.done(self.session.flush())
+
+        self.step(flush(), self.model.flush(user), elsewhere=elsewhere)
+        self.leave_if_stuck()
+
+    @precondition(lambda self: self.blocks and self.model.work.owner != "reader" and self.model.work.doom is None)
+    @rule(how=st.sampled_from(["orm", "core"]), count=st.integers(1, 3))
+    def fail_a_statement(self, how: str, count: int) -> None:
+        """The database refuses a statement, and the error goes through `count` blocks."""
+        model = self.model
+        if model.work.stuck or not model.can_write("main") or SEED not in model.view() or not model.free(SEED):
+            return
+        errors = model.failed_write("main", by_flush=how == "orm") or (IntegrityError,)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "New instance .* conflicts with persistent instance")
+            self.step(self.send(SEED, -1, how, there=False), errors)
+        self.leave_blocks(count, failing=True)
+
+    @precondition(lambda self: self.blocks)
+    @rule(elsewhere=st.booleans())
+    def commit(self, elsewhere: bool) -> None:
+        """`session.commit()`: the user's own way in a plain scope, refused elsewhere."""
+        user = self.user(elsewhere)
+        if self.model.work.owner is None and (self.model.work.stuck or not self.model.can_write(user)):
+            return
+
+        async def commit() -> None:
+            await self.done(self.session.commit())
+
+        self.step(commit(), self.model.commit(user), elsewhere=elsewhere)
+        self.leave_if_stuck()
+
+    @precondition(lambda self: self.blocks)
+    @rule(elsewhere=st.booleans())
+    def rollback(self, elsewhere: bool) -> None:
+        """`session.rollback()`: the user's own way in a plain scope; it dooms a managed transaction."""
+
+        async def rollback() -> None:
+            await self.done(self.session.rollback())
+
+        self.step(rollback(), self.model.rollback(), elsewhere=elsewhere)
+
+    @precondition(lambda self: self.blocks)
+    @rule(elsewhere=st.booleans())
+    def close(self, elsewhere: bool) -> None:
+        """`session.close()`: resets in a plain scope, and waits for the owner's end elsewhere."""
+
+        async def close() -> None:
+            await self.done(self.session.close())
+
+        self.step(close(), self.model.close(), elsewhere=elsewhere)
+
+    @rule(outcome=st.sampled_from(["commit", "commit", "rollback"]), elsewhere=st.booleans())
+    def hook(self, outcome: Any, elsewhere: bool) -> None:
+        number = self.model.hook(outcome)
+
+        def fire() -> None:
+            self.fired.append((number, self.kit.checked_out()))
+
+        async def register() -> None:
+            getattr(self.db, f"on_{outcome}")(fire)
+
+        self.step(register(), (), elsewhere=elsewhere)
+
+    # -- what holds after each step ------------------------------------------------------------------------------
+
+    @invariant()
+    def what_is_committed_is_the_models(self) -> None:
+        assert self.world.rows() == self.model.committed
+
+    @invariant()
+    def the_hooks_that_ran_are_the_models(self) -> None:
+        assert self.fired == self.model.fired
+
+    @invariant()
+    def the_connections_that_are_out_are_the_models(self) -> None:
+        assert self.kit.checked_out() == self.model.checked_out()
+
+    def teardown(self) -> None:
+        """At the end of the program all blocks are left, and nothing stays behind."""
+        try:
+            while self.blocks:
+                self.leave_blocks(1, failing=True)
+            self.what_is_committed_is_the_models()
+            self.the_hooks_that_ran_are_the_models()
+            assert self.kit.checked_out() == 0
+
+            async def none_is_open() -> bool:
+                return current_scope() is None
+
+            assert self.world.steps.do(none_is_open())
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """After a failure: give back what the next example would wait for."""
+        while self.blocks:
+            manager, _ = self.blocks.pop()
+            if hasattr(manager, "__aexit__"):
+                self.world.steps.do(self.leave_block(manager, Failure()))
+
+
+def run(kit: Kit, *, examples: int) -> None:
+    """Look for a program on which dbscope and the model differ."""
+    world = World(kit)
+    machine = type("Machine", (Machine,), {"world": world})
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=EXAMPLES or examples,
+                stateful_step_count=20,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        world.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> Iterator[None]:
+    """What a test leaves to the garbage collector is found in that test."""
+    yield
+    gc.collect()
+
+
+def test_any_mix_of_blocks_on_sqlite(kit: Kit) -> None:
+    """Whatever is nested, fails or is handed over: what is saved, and which hooks run, is what the rules say."""
+    run(kit, examples=60)
+
+
+def test_any_mix_of_blocks_on_postgresql(server_kit: Kit) -> None:
+    """The same holds where several may write at the same time, each its own rows."""
+    run(server_kit, examples=25)
