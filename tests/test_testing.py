@@ -339,8 +339,9 @@ async def test_two_that_write_side_by_side_are_refused_by_name(kit):
             await kit.done(session.flush())
             second.set()
             await ended.wait()
-            with pytest.raises(dbscope.OverlapError):
-                await kit.done(session.commit())
+            for use in (lambda: session.scalars(select(Payment)), session.commit):
+                with pytest.raises(dbscope.OverlapError, match="scope 'import'"):
+                    await kit.done(use())
             await kit.done(session.rollback())
 
     ended = kit.event()
@@ -726,6 +727,7 @@ def test_bad_input_is_refused(tmp_path):
         with box, dbscope.scope():
             Base.metadata.create_all(db.session.connection())
             assert db.session.scalars(select(Account)).all() == []
+            db.session.rollback()
         with pytest.raises(dbscope.ScopeMisuseError, match="Make one for each test"):
             box.__enter__()
 

@@ -101,6 +101,8 @@ class sandbox:  # noqa: N801  # as `scope`: used as a word, not as a type
         with ExitStack() as stack:
             for database in self._databases:
                 level = _Level(database, self.name)
+                level.set_aside()
+                stack.callback(level.put_back)
                 level.take(None if level.inside else cast("Any", database).engine.connect())
                 stack.callback(level.give_back)
                 level.begin()
@@ -124,6 +126,8 @@ class sandbox:  # noqa: N801  # as `scope`: used as a word, not as a type
         async with AsyncExitStack() as stack:
             for database in self._databases:
                 level = _Level(database, self.name)
+                level.set_aside()
+                stack.callback(level.put_back)
                 if not database.is_async:
                     level.take(None if level.inside else cast("Any", database).engine.connect())
                     stack.callback(level.give_back)
@@ -235,7 +239,6 @@ class _Level:
     def begin(self, _: Any = None) -> None:
         """Begin what will be rolled back, and let the database's sessions share it."""
         database, shared = self.database, self.shared
-        self._set_aside()
         if self.inside:
             self.root = shared.connection.begin_nested()
             cast("_Savepoint", self.root).session = None
@@ -246,7 +249,7 @@ class _Level:
         self.before = _checked_out(database)
         database.shared = shared
 
-    def _set_aside(self) -> None:
+    def set_aside(self) -> None:
         """Sessions that are there already do not work on the shared connection: they come back after the test."""
         database = self.database
         for home in filter(None, [*open_scopes_of_this_context(), implicit_scope()]):
@@ -262,6 +265,12 @@ class _Level:
             self.aside.append((home, session))
         for home, _ in self.aside:
             home.forget(database)
+
+    def put_back(self) -> None:
+        """Let the sessions that were there before be found again."""
+        for home, session in self.aside:
+            if not home.ended:
+                home.put(self.database, session)
 
     # -- ending ------------------------------------------------------------------------------------------------
 
@@ -310,9 +319,6 @@ class _Level:
                 release(session)
             except Exception as problem:
                 self.reported = self.reported or problem
-        for home, session in self.aside:
-            if not home.ended:
-                home.put(database, session)
         shared.level = self.outer
         shared.winding_up = False
         if self.inside:
@@ -379,7 +385,7 @@ class _Shared:
         return root
 
     def roll_back(self, _: Any = None) -> None:
-        """Undo everything; a connection on which that fails, or that a loop owns, does not go back to the pool."""
+        """Undo everything; a connection on which that fails, or that a loop owns, is closed for good."""
         connection = self.connection
         self.over = True
         root = connection.get_transaction()
@@ -390,7 +396,7 @@ class _Shared:
             connection.invalidate()
         else:
             if self.asyncio is not None and not connection.invalidated:
-                connection.detach()
+                connection.invalidate()  # not detached: what SQLAlchemy detaches of psycopg's it never closes
 
     def adopt(self, session: ScopedSession, life: Lifecycle) -> None:
         """A session was made that works on the connection."""
@@ -572,12 +578,15 @@ class _Savepoint(NestedTransaction):
 
     def _do_commit(self) -> None:
         if self.lost is not None:
+            self._undo()
             raise OverlapError(self.lost)
         shared = self.shared
         others = self._others()
         writing = [savepoint for savepoint in others if savepoint.dirty]
         if self.dirty and writing and not self.lapsed:
-            raise shared.overlap(self, writing[-1])
+            error = shared.overlap(self, writing[-1])
+            self._undo()  # as after a COMMIT that failed; it takes what the others did with it
+            raise error
         if self.lapsed or writing:
             self._lapse()
         else:
