@@ -18,6 +18,7 @@ from time import perf_counter, thread_time
 from typing import Any
 
 SLICE = 0.004  # seconds that one contender runs in one round
+WAITING_SLICE = 0.015  # the same where it waits for a server: the first trips find its caches cold
 
 
 class Missing(Exception):
@@ -153,6 +154,7 @@ class _Slice:
         self.number = 1
         self._runner = runner
         self._steps = steps = row.steps
+        self._slice = WAITING_SLICE if row.waits else SLICE
         self._clock = perf_counter if row.waits else thread_time
         self._names = dict(names)
         self._do(contender.setup)
@@ -163,7 +165,7 @@ class _Slice:
             source = STEPS.format(prefix=prefix, steps=textwrap.indent("\n".join([contender.code] * steps), " " * 4))
         else:
             source = LOOP.format(prefix=prefix, body=textwrap.indent(contender.code, " " * 8))
-        exec(compile(source, f"<{contender.name}>", "exec"), self._names)
+        exec(compile(source, f"{__file__}: {contender.name}", "exec"), self._names)
 
     def _do(self, code: str) -> None:
         if not code:
@@ -177,11 +179,11 @@ class _Slice:
             self.contender.context.run(prepare)
 
     def calibrate(self) -> None:
-        """Find how often the code runs in a slice of time."""
-        while (seconds := self._time(self.number)) < SLICE / 2:
-            self.number = max(self.number * 2, int(self.number * SLICE / 2 / max(seconds, 1e-9) / 2))
-        self.number = max(1, round(self.number * SLICE / seconds))
-        self._time(self.number)
+        """Find how often the code runs in a slice of time, after a first time that connects and compiles."""
+        self._time(1)
+        while (seconds := self._time(self.number)) < self._slice / 2:
+            self.number *= 2
+        self.number = max(1, round(self.number * self._slice / seconds))
 
     def run(self) -> None:
         """Take one more time."""

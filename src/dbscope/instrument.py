@@ -52,7 +52,7 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
             life.statement(session, what, statement, alone=what is Kind.WRITE and sqlite.alone(statement))
         owner = life.owner
         immediate = owner is not None and owner.immediate
-    begin = sqlite.mode(connection, what, statement, immediate=immediate)
+    begin = sqlite.mode(cursor, connection, what, statement, immediate=immediate)
     if begin is not None:
         if life is not None:
             life.read_first = what is _READ and not immediate

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from socket import gaierror
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from weakref import ref
 
@@ -34,7 +35,7 @@ from dbscope.errors import (
 from dbscope.hooks import Hook
 from dbscope.lockwatch import LockWatch, backend_of
 from dbscope.statements import Kind
-from dbscope.where import Place, Worker, ago, here, name_of, spell, task_now, worker
+from dbscope.where import Place, Worker, ago, here, name_of, place_of, running_loop, spell, task_now, thread_id, worker
 
 if TYPE_CHECKING:
     import asyncio
@@ -46,7 +47,9 @@ __all__ = ["Doom", "End", "Lifecycle", "Owner", "ScopedSession", "Write", "adopt
 
 S = TypeVar("S", bound=Session)
 
+# Bound once: they are on the way of every statement.
 _monotonic = time.monotonic
+_getframe = sys._getframe
 
 
 class Home(Protocol):
@@ -155,38 +158,45 @@ generation = 0
 class Lifecycle:
     """What dbscope knows of one session.
 
-    The defaults stand on the class: making one costs an empty object, and most sessions never need more.
+    Slots, all set at once: every statement reads a dozen of them, and a default on the class, or a dictionary, takes
+    ten times as long to read.
     """
 
-    home: Home | None = None
-    source: Source | None = None
-    owner: Owner | None = None  # whose managed transaction this is; None: the user's own
-    acting = False  # the owner, or the scope, is ending the transaction now
-    ended: End | None = None
-    used = False  # a transaction was begun on it, by SQL or by add(): before that it holds nothing at all
-    released = False
-    doom: Doom | None = None
-    writes: tuple[Write, ...] = ()
-    hooks: tuple[Hook, ...] = ()
-    dropped: Place | None = None  # the first write of a transaction that was closed without a commit
-    committed = False  # SQLAlchemy said so of the transaction that is ending
-    freed: "SessionTransaction | None" = None  # the savepoint that SQLAlchemy is releasing
-    close_waits = False
-    broken = False  # a BaseException cut through a flush or a commit
-    read_first = False  # on SQLite: the transaction began with a read, and a write has to upgrade it
-    taken: Place | None = None  # the line that took the connection
-    since = 0.0  # when it did, on the monotonic clock
-    user: Worker | None = None  # who used the session last, or is using it
-    connection: "Connection | None" = None  # while a transaction is open on it
-    beside: "tuple[Lifecycle, ...]" = ()  # open transactions of the same work, whose locks this one must not wait for
-    backend: int | None = None  # the server's process, where it was asked for
-    watch: LockWatch | None = None  # over the statement that is running
-    shared: Shared | None = None  # whose connection this session and others work on, in the sandbox of a test
-    _ref: "ref[Lifecycle] | None" = None
+    __slots__ = (
+        *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "broken", "close_waits", "committed"),
+        *("connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
+        *("read_first", "released", "shared", "since", "source", "taken", "turn", "used", "user", "watch", "writes"),
+    )
 
-    def __init__(self, turn: "threading.Lock") -> None:
-        self.turn = turn
+    def __init__(self, home: Home | None, source: Source | None) -> None:
+        self.turn = threading.Lock()  # held while one thread or task uses the session
         self.generation = generation
+        self.home = home
+        self.source = source
+        self.owner: Owner | None = None  # whose managed transaction this is; None: the user's own
+        self.acting = False  # the owner, or the scope, is ending the transaction now
+        self.ended: End | None = None
+        self.used = False  # a transaction was begun on it, by SQL or by add(): before that it holds nothing at all
+        self.released = False
+        self.doom: Doom | None = None
+        self.writes: tuple[Write, ...] = ()
+        self.hooks: tuple[Hook, ...] = ()
+        self.dropped: Place | None = None  # the first write of a transaction that was closed without a commit
+        self.committed = False  # SQLAlchemy said so of the transaction that is ending
+        self.freed: SessionTransaction | None = None  # the savepoint that SQLAlchemy is releasing
+        self.close_waits = False
+        self.broken = False  # a BaseException cut through a flush or a commit
+        self.read_first = False  # on SQLite: the transaction began with a read, and a write has to upgrade it
+        self.taken: Place | None = None  # the line that took the connection
+        self.since = 0.0  # when it did, on the monotonic clock
+        self.asking: FrameType | None = None  # the call of the session's that may take a connection, while it runs
+        self.user: Worker | None = None  # who used the session last, or is using it
+        self.connection: Connection | None = None  # while a transaction is open on it
+        self.beside: tuple[Lifecycle, ...] = ()  # open transactions of the same work: never wait for their locks
+        self.backend: int | None = None  # the server's process, where it was asked for
+        self.watch: LockWatch | None = None  # over the statement that is running
+        self.shared: Shared | None = None  # whose connection this session and others work on, in a test's sandbox
+        self._ref: ref[Lifecycle] | None = None
 
     # -- who may do what ---------------------------------------------------------------------------------------
 
@@ -267,14 +277,14 @@ class Lifecycle:
 
     # -- what happens ------------------------------------------------------------------------------------------
 
-    def began(self, session: Session, connection: "Connection") -> None:
+    def began(self, session: Session, connection: Any) -> None:
         """The session took a connection and began on it."""
-        cast("Any", connection)._dbscope = session  # its statements find their session here
+        connection._dbscope = session  # its statements find their session here
         if type(connection) is Connection and not isinstance(session.bind, Connection):  # the session's own
             connection.__class__ = OwnedConnection
         self.connection = connection
-        self.taken = here()
-        self.since = time.monotonic()
+        self.taken = here() if self.asking is None else place_of(self.asking)
+        self.since = _monotonic()
         source, home = self.source, self.home
         if source is not None:
             if source.knows_waits and home is not None and self.shared is None:
@@ -380,13 +390,12 @@ class Lifecycle:
 
     def root_ended(self) -> None:
         """The whole transaction is over, by whatever means; its connection is back in the pool."""
-        if self._ref is not None:
-            cast("Source", self.source).holders.discard(self._ref)
+        if self._ref is not None and self.source is not None:
+            self.source.holders.discard(self._ref)
             self._ref = None
-        if self.writes:
-            for write in self.writes:
-                write.over = True
-            self.writes = ()
+        for write in self.writes:
+            write.over = True
+        self.writes = ()
         if self.owner is not None and not self.acting:
             self.doom = Doom("its transaction was rolled back", here(), None)
         self.taken = self.connection = self.backend = None
@@ -418,7 +427,10 @@ class Lifecycle:
         home, source = self.home, self.source
         if home is None or source is None or self.shared is not None:
             return
-        held = [life for life in home.outer_lives(source) if life.taken is not None]
+        around = home.outer_lives(source)
+        if not around:
+            return
+        held = [life for life in around if life.taken is not None]
         if held and len(held) >= source.capacity():
             raise SelfBlockedError(
                 f"{home.describe()} needs a connection of {source.name} at {spell(here())}, but the pool's "
@@ -495,7 +507,9 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             if life.user == worker():  # a listener, an autoflush, a hook inside of the same call
                 return use(session, *args, **kwargs)
             raise life.overlap(name)
-        life.user = worker()
+        life.user = thread_id() if running_loop() is None else worker()
+        if life.connection is None:
+            life.asking = _getframe()  # whoever takes a connection in here need not look far for the user's line
         try:
             if life.generation != generation:
                 if name in _CLEAN_UP:
@@ -534,6 +548,7 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             if life.watch is not None:
                 life.watch.stop()
                 life.watch = None
+            life.asking = None
             turn.release()
             if life.ended is not None and not life.acting:
                 release(session)  # the scope ended meanwhile, and left the session to its user
@@ -560,10 +575,21 @@ def _explain(life: Lifecycle, error: DBAPIError) -> None:
         )
 
 
+class _Unborn:
+    """Stands for the life of a session that the user's own call of the session maker made, until it is asked for.
+
+    A descriptor, and no `__getattr__` on the session: with one, every attribute that SQLAlchemy reads from it costs
+    ten times as much.
+    """
+
+    def __get__(self, session: Session | None, cls: type) -> Any:
+        return self if session is None else adopt(session, None, None)
+
+
 class ScopedSession(Session):
     """A session that knows its life. It goes before the user's session class, so that every call comes by here."""
 
-    _dbscope: Lifecycle
+    _dbscope: Lifecycle = cast("Lifecycle", _Unborn())
 
     def begin(self, nested: bool = False) -> "SessionTransaction":
         """Begin as `Session.begin`; refused in a managed transaction, which is begun and ended by its owner."""
@@ -636,12 +662,6 @@ class ScopedSession(Session):
         self._dbscope.refuse_stranger("session.prepare()")
         super().prepare()
 
-    def __getattr__(self, name: str) -> Any:
-        # Only reached where the attribute is missing: a session that the user's own sessionmaker call made.
-        if name == "_dbscope":
-            return adopt(self, None, None)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
 
 class OwnedConnection(Connection):
     """A connection that a session took: `session.connection().commit()` is no way around the owner.
@@ -695,9 +715,7 @@ def derive(session_class: type[S]) -> type[S]:
 
 def adopt(session: Session, home: Home | None, source: Source | None) -> Lifecycle:
     """Begin the life of a session that was just made."""
-    life = cast("ScopedSession", session)._dbscope = Lifecycle(threading.Lock())
-    life.home = home
-    life.source = source
+    life = session._dbscope = Lifecycle(home, source)  # type: ignore[attr-defined]  # it is a ScopedSession
     return life
 
 
@@ -724,13 +742,14 @@ def release(session: Session) -> None:
     Raises:
         Exception: what closing raised, after the connection was thrown away instead.
     """
-    life = cast("ScopedSession", session)._dbscope
+    life = life_of(session)
     mine = life.turn.acquire(False)
     if not mine and life.user != worker():
         return
-    life.user = worker()  # what follows comes by the same turn again
+    if mine:
+        life.user = thread_id() if running_loop() is None else worker()
     try:
-        if life.released:
+        if life.released or life.generation != generation:  # closing would speak on a fork's parent's connection
             return
         life.released = True
         life.acting = True
@@ -740,7 +759,9 @@ def release(session: Session) -> None:
             if life.owner is not None and life.owner.reader:
                 session.expunge_all()  # before the rollback, which would expire what was read
             try:
-                session.close()
+                super(
+                    ScopedSession, cast(ScopedSession, session)
+                ).close()  # the turn is ours: what stands before this asks for it again
             except BaseException:
                 session.invalidate()  # never return a connection in an unknown state
                 raise

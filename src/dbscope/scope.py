@@ -136,18 +136,18 @@ class Scope:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._state is _OPEN and (not self._sessions or self._end_unused(_getframe(1))):
+        if self._sessions or self._state is not _OPEN:
+            try:
+                if self._state is _OPEN and not self._end_simply(_getframe(1), error, blocking=True):
+                    self._settle(*run(self._conclude(error)), error)
+            finally:
+                self._leave()
+        else:
             self._state = _ENDED
             outer = self._outer
             if _get() is self and (outer is None or outer._state is _OPEN):
                 _set(outer)
             else:
-                self._leave()
-        else:
-            try:
-                if self._state is _OPEN:
-                    self._settle(*run(self._conclude(error)), error)
-            finally:
                 self._leave()
 
     async def __aenter__(self) -> "Scope":
@@ -158,43 +158,66 @@ class Scope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._state is _OPEN and (not self._sessions or self._end_unused(_getframe(1))):
+        if self._sessions or self._state is not _OPEN:
+            try:
+                if self._state is _OPEN and not self._end_simply(_getframe(1), error, blocking=False):
+                    await self._afinish(error)
+            finally:
+                self._leave()
+        else:
             self._state = _ENDED
             outer = self._outer
             if _get() is self and (outer is None or outer._state is _OPEN):
                 _set(outer)
             else:
                 self._leave()
-        else:
-            try:
-                if self._state is _OPEN:
-                    await self._afinish(error)
-            finally:
-                self._leave()
 
-    def _end_unused(self, frame: FrameType) -> bool:
-        """End sessions on which nothing was ever begun: they hold nothing, so there is no plan to make or carry out.
+    def _end_simply(self, frame: FrameType, error: BaseException | None, *, blocking: bool) -> bool:
+        """End a scope in which nothing is to be committed, as most are: what `_conclude` does then, without its plan.
+
+        The plan and its steps cost as much as all else at the end of a scope; here there is nothing to decide.
+
+        Args:
+            frame: who ends it.
+            error: what the work failed with.
+            blocking: whether a transaction may be rolled back here; else all sessions have to be unused.
 
         Returns:
             whether that was all; otherwise nothing has happened.
         """
         sessions = self._sessions
-        for session in sessions.values():
+        lost = None
+        for source, session in sessions.items():
             if session is _Guests:
                 return False
-            life = life_of(session)
-            if life.used or life.owner is not None:
+            life: Lifecycle = session._dbscope
+            if life.owner is not None or life.hooks:
                 return False
+            if life.used:
+                if not blocking or source.is_async:
+                    return False
+                if error is None and (place := life.unsaved(session)) is not None:
+                    lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
+        self._sessions = {}  # not cleared: it is gone through below, and other threads may look into it
         end = End(self, "it ended", place_of(frame))
-        for session in [*sessions.values()]:
-            life = life_of(session)
-            if life.ended is None:
-                life.ended = end
-            if life.used:  # another thread began just now
-                release(session if isinstance(session, Session) else session.sync_session)
+        for session in sessions.values():
+            if session._dbscope.ended is None:
+                session._dbscope.ended = end
+        failure: BaseException | None = None
+        for session in sessions.values():
+            life = session._dbscope
+            if life.used:  # now or never: it was marked as ended before this look
+                try:
+                    release(session if isinstance(session, Session) else session.sync_session)
+                except BaseException as problem:
+                    failure = _first(failure, problem)
             life.home = None
-        sessions.clear()
+        if lost is not None:
+            for source, place in lost:
+                failure = self._report(source, place, failure)
+        if failure is not None:
+            self._raise(failure, error)
         return True
 
     def finish(self, *, veto: bool = False) -> None:
@@ -404,15 +427,14 @@ class Scope:
         lost: list[tuple[Any, Any]] = []
         if error is None and not veto:
             managed = [s for s in sessions if (owner := life_of(s).owner) is not None and not owner.reader]
-            try:
-                yield from _commit(managed, committed, self)
-            except BaseException as problem:
-                failure = problem
-            lost = [
-                (source, place)
-                for source, s in self._sessions.items()
-                if s not in managed and (place := _unsaved(s)) is not None
-            ]
+            if managed:
+                try:
+                    yield from _commit(managed, committed, self)
+                except BaseException as problem:
+                    failure = problem
+            for source, s in self._sessions.items():
+                if s not in managed and (place := _unsaved(s)) is not None:
+                    lost.append((source, place))
         guests = getattr(self, "_guests", None)
         self._state = _ENDED
         self._sessions.clear()
@@ -425,8 +447,10 @@ class Scope:
                 yield OnSession(session, release)
             except BaseException as problem:
                 failure = _first(failure, problem)
-            hooks += life_of(session).take_hooks(committed=session in committed)
-            life_of(session).home = None
+            life = life_of(session)
+            if life.hooks:
+                hooks += life.take_hooks(committed=session in committed)
+            life.home = None
         for thing, close in (guests or {}).values():
             try:
                 yield OnSession(thing, _ignoring(close))
@@ -558,7 +582,9 @@ def _in_transaction(session: Any) -> bool:
 
 
 def _unsaved(session: Any) -> Any:
-    return None if session is _Guests else life_of(session).unsaved(getattr(session, "sync_session", session))
+    if session is _Guests:
+        return None
+    return life_of(session).unsaved(session if isinstance(session, Session) else session.sync_session)
 
 
 def _commit(sessions: list[Any], committed: list[Any], home: Scope) -> Plan[None]:

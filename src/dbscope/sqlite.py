@@ -70,13 +70,17 @@ def alone(text: str) -> bool:
     return text.lstrip()[:6].lower().startswith(_OUTSIDE)
 
 
-def mode(connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
+def mode(cursor: Any, connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
     """The BEGIN that has to come before a statement, or None if a transaction is open or none is wanted."""
-    driver: Any = connection.connection.driver_connection
+    driver: Any = getattr(cursor, "connection", None)  # sqlite3's, which spares the way through the pool's objects
+    if driver is None:
+        driver = connection.connection.driver_connection
     if driver.in_transaction or kind is Kind.CONTROL or kind is Kind.SETTING:
         return None
-    if driver.isolation_level is None or alone(text):
+    if driver.isolation_level is None:
         return None  # AUTOCOMMIT was asked for
+    if kind is not Kind.READ and alone(text):
+        return None
     return "BEGIN IMMEDIATE" if immediate or kind is Kind.WRITE else "BEGIN"
 
 

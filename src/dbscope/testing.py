@@ -30,7 +30,7 @@ from dbscope.errors import (
     ScopeEndedError,
     ScopeMisuseError,
 )
-from dbscope.lifecycle import End, Lifecycle, ScopedSession, end_life, life_of, release
+from dbscope.lifecycle import End, Lifecycle, ScopedSession, life_of, release
 from dbscope.plan import to_completion
 from dbscope.scope import Colour, Scope, implicit_scope, open_scopes_of_this_context
 from dbscope.statements import Kind
@@ -41,7 +41,7 @@ __all__ = ["CapturedHook", "LeftOpenError", "capture_on_commit", "sandbox"]
 _CLEAN_UP = frozenset({"close", "rollback", "reset", "invalidate"})
 
 
-class sandbox:  # noqa: N801  # as `scope`: used as a word, not as a type
+class sandbox:  # as `scope`: used as a word, not as a type
     """A block after which the databases are as before: for one test, or for the data that several tests share.
 
     Use it with `with`, or with `async with` where one of the databases is async. Sessions that are made meanwhile, in
@@ -168,7 +168,9 @@ class sandbox:  # noqa: N801  # as `scope`: used as a word, not as a type
 
     def _enter(self) -> None:
         if self._entered:
-            raise ScopeMisuseError(f"the sandbox of {self.name} was entered again. Make one for each test: sandbox(db).")
+            raise ScopeMisuseError(
+                f"the sandbox of {self.name} was entered again. Make one for each test: sandbox(db)."
+            )
         self._entered = True
         self._around = open_scopes_of_this_context()
 
@@ -665,7 +667,7 @@ class CapturedHook:
         return f"<CapturedHook {self.function!r} {self.args!r} {self.kwargs!r}>"
 
 
-class capture_on_commit:  # noqa: N801  # as `scope`: used as a word, not as a type
+class capture_on_commit:  # as `scope`: used as a word, not as a type
     """A block in which functions given to `on_commit` are kept instead of called, when their transaction commits.
 
     Without it hooks run in tests as in production. Those of a transaction that rolls back are dropped here, too.

@@ -47,7 +47,8 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     greenlet: Any = None
     while True:
         while frame is not None:
-            if not _is_between(frame):
+            # The dictionary first, and no call: between a user's line and a connection lie some fifteen frames.
+            if _between.get(frame.f_code.co_filename) is not True and not _is_between(frame):
                 return frame
             frame = None if frame.f_code is _STEP else frame.f_back
         # Under AsyncSession the stack ends where its greenlet began; the user waits in the greenlet's parent.
