@@ -5,12 +5,11 @@ import contextlib
 import contextvars
 import re
 
-import anyio
-import anyio.to_thread
 import pytest
 from sqlalchemy import text
 
 from dbscope import ScopeEndedError, ScopeMisuseError, current_scope, scope
+from tests.support import needs
 from tests.support.kits import Payment, twice
 
 # -- plain generators --------------------------------------------------------------------------------------------
@@ -284,6 +283,7 @@ def test_scopes_3_a_fixture_of_anyio(async_kit, tmp_path):
     import subprocess
     import sys
 
+    needs.module("anyio", extra="async")
     (tmp_path / "test_it.py").write_text(ANYIO)
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:asyncio", "-W", "error", "test_it.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True)
@@ -294,19 +294,25 @@ def test_scopes_3_a_fixture_of_anyio(async_kit, tmp_path):
 # -- FastAPI's dependencies, by the calls that FastAPI makes -----------------------------------------------------
 
 
+@pytest.fixture
+def run_sync():
+    """AnyIO's way into a worker thread."""
+    return needs.module("anyio.to_thread", extra="async").run_sync
+
+
 @contextlib.asynccontextmanager
-async def contextmanager_in_threadpool(manager):
+async def contextmanager_in_threadpool(manager, run_sync):
     """What `fastapi.concurrency` does with a sync generator dependency: each half in a worker thread."""
     try:
-        yield await anyio.to_thread.run_sync(manager.__enter__)
+        yield await run_sync(manager.__enter__)
     except Exception as error:
-        if not await anyio.to_thread.run_sync(manager.__exit__, type(error), error, error.__traceback__):
+        if not await run_sync(manager.__exit__, type(error), error, error.__traceback__):
             raise
     else:
-        await anyio.to_thread.run_sync(manager.__exit__, None, None, None)
+        await run_sync(manager.__exit__, None, None, None)
 
 
-async def test_scopes_3_a_sync_dependency_is_told_of_the_middleware(sync_kit):
+async def test_scopes_3_a_sync_dependency_is_told_of_the_middleware(sync_kit, run_sync):
     """FastAPI runs a sync generator dependency in worker threads, each in a copy of the context: no endpoint would see
     its scope. It is refused, and the error names the middleware."""
 
@@ -317,13 +323,13 @@ async def test_scopes_3_a_sync_dependency_is_told_of_the_middleware(sync_kit):
     manager = contextlib.contextmanager(dependency)()
     async with contextlib.AsyncExitStack() as stack:
         with pytest.raises(ScopeMisuseError, match=r"dbscope\.integrations\.asgi\.ScopeMiddleware") as caught:
-            await stack.enter_async_context(contextmanager_in_threadpool(manager))
+            await stack.enter_async_context(contextmanager_in_threadpool(manager, run_sync))
     assert "async def" in str(caught.value)
     assert current_scope() is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_scopes_3_an_async_dependency_opens_the_requests_scope(async_kit, fails):
+async def test_scopes_3_an_async_dependency_opens_the_requests_scope(async_kit, run_sync, fails):
     """FastAPI enters an async generator dependency by @asynccontextmanager on an AsyncExitStack: its scope is seen by
     the endpoint, async or in a worker thread, and left with the request's outcome."""
 
@@ -333,7 +339,7 @@ async def test_scopes_3_an_async_dependency_opens_the_requests_scope(async_kit, 
 
     async def endpoint(session):
         assert async_kit.session() is session
-        assert (await anyio.to_thread.run_sync(current_scope)).name == "request"
+        assert (await run_sync(current_scope)).name == "request"
         session.add(Payment())
         await session.flush()
         if fails:
@@ -347,7 +353,7 @@ async def test_scopes_3_an_async_dependency_opens_the_requests_scope(async_kit, 
     assert async_kit.count() == (not fails)
 
 
-async def test_scopes_3_a_sync_dependency_that_only_takes_the_session(sync_kit):
+async def test_scopes_3_a_sync_dependency_that_only_takes_the_session(sync_kit, run_sync):
     """A sync dependency that opens no scope, in a request that has one, gives the endpoint the request's session,
     whatever context its halves run in; its late clean-up is harmless."""
 
@@ -359,10 +365,10 @@ async def test_scopes_3_a_sync_dependency_that_only_takes_the_session(sync_kit):
             session.close()
 
     async with scope("request"):
-        async with contextmanager_in_threadpool(contextlib.contextmanager(dependency)()) as session:
+        async with contextmanager_in_threadpool(contextlib.contextmanager(dependency)(), run_sync) as session:
             assert sync_kit.session() is session
-            assert await anyio.to_thread.run_sync(session.scalar, text("SELECT 1")) == 1
-        late = contextmanager_in_threadpool(contextlib.contextmanager(dependency)())
+            assert await run_sync(session.scalar, text("SELECT 1")) == 1
+        late = contextmanager_in_threadpool(contextlib.contextmanager(dependency)(), run_sync)
         await late.__aenter__()
     await late.__aexit__(None, None, None)
     assert sync_kit.checked_out() == 0

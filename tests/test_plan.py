@@ -11,6 +11,7 @@ from sqlalchemy import event, select, text
 
 from dbscope import current_scope, scope
 from dbscope.plan import Call, finish, off_loop, to_completion
+from tests.support import needs
 from tests.support.kits import LIMIT, Account, Payment
 
 
@@ -139,6 +140,7 @@ async def test_scopes_10_cancelled_meanwhile(sync_kit, at, times):
 
 async def test_scopes_10_cancelled_by_anyio(async_kit, sync_kit):
     """AnyIO cancels at every await, until the block is left: sync and async sessions are given back all the same."""
+    anyio = needs.module("anyio", extra="async")
     with anyio.CancelScope() as cancel:
         async with scope():
             sync_kit.session().add(Payment())
