@@ -4,8 +4,6 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import anyio
-import anyio.lowlevel
 import pytest
 from sqlalchemy import event, select, text
 
