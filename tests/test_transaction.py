@@ -919,6 +919,20 @@ async def test_transactions_3_a_savepoint_that_hides_it_cannot_be_released(kit: 
 
 
 @twice
+async def test_transactions_3_a_savepoint_of_the_users_that_hides_it_cannot_be_released(kit: Kit) -> None:
+    """Nor is the user's own savepoint; it rolls back, which mends the transaction around it."""
+    async with kit.transaction() as session:
+        session.add(Payment(amount=1))
+        with pytest.raises(RollbackOnlyError):
+            async with kit.block(session.begin_nested()):
+                with pytest.raises(ValueError):
+                    async with kit.transaction():
+                        session.add(Payment(amount=2))
+                        raise ValueError
+    assert kit.amounts() == [1]
+
+
+@twice
 async def test_transactions_3_a_deeper_savepoint_does_not_mend_it(kit: Kit) -> None:
     """A savepoint opened after the failure, and rolled back, mends nothing."""
     with pytest.raises(RollbackOnlyError):
