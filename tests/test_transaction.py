@@ -927,7 +927,7 @@ async def test_transactions_3_a_savepoint_of_the_users_that_hides_it_cannot_be_r
             async with kit.block(session.begin_nested()):
                 with pytest.raises(ValueError):
                     async with kit.transaction():
-                        session.add(Payment(amount=2))
+                        await kit.done(session.execute(write(2)))
                         raise ValueError
     assert kit.amounts() == [1]
 
