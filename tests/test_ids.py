@@ -177,11 +177,17 @@ async def test_ids_a_sync_end_cannot_wait(async_kit):
     assert async_kit.checked_out() == 0
 
 
-async def test_ids_a_sync_end_of_async_sessions_that_hold_nothing(async_kit):
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+async def test_ids_a_sync_end_of_async_sessions_that_hold_nothing(async_kit, used):
     """Where nothing has to be awaited `end_scope` ends async sessions, too."""
     begin_scope("request")
-    async_kit.session()
+    session = async_kit.session()
+    if used:
+        session.add(Payment())
+        await session.commit()
     end_scope("request")
+    with pytest.raises(ScopeEndedError):
+        await session.scalar(text("SELECT 1"))
     assert current_scope() is None
 
 
