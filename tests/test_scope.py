@@ -744,6 +744,34 @@ async def test_scopes_5_a_sibling_cannot_end_it_by_the_connections_transaction(a
     assert isinstance(error, OverlapError)
 
 
+async def test_scopes_5_a_rollback_by_another_door_is_told_to_the_one_who_wrote(async_kit):
+    """Where a sibling's rollback cannot be refused, the writer's commit must not succeed without its rows."""
+    wrote, tried = asyncio.Event(), asyncio.Event()
+
+    async def writer():
+        session = async_kit.session()
+        session.add(Payment(amount=7))
+        await session.flush()
+        wrote.set()
+        await tried.wait()
+        with pytest.raises(OverlapError, match=r"task 'writer' wrote .* was rolled back by task 'sibling'"):
+            await session.commit()
+        await session.rollback()  # said and done: the session serves again
+        session.add(Payment(amount=8))
+        await session.commit()
+
+    async def sibling():
+        await wrote.wait()
+        await async_kit.session().get_transaction().rollback()
+        tried.set()
+
+    async with scope("request"):
+        async_kit.session()
+        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(sibling(), name="sibling")]
+        await asyncio.gather(*tasks)
+    assert async_kit.amounts() == [8]
+
+
 async def test_scopes_5_a_sibling_that_cleans_up_after_an_error_keeps_its_error(async_kit):
     """A sibling's `async with session:` around a failing body lets its own error through, with a note."""
     wrote, tried = asyncio.Event(), asyncio.Event()

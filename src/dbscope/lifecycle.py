@@ -165,7 +165,8 @@ class Lifecycle:
     __slots__ = (
         *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "broken", "close_waits", "committed"),
         *("connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
-        *("read_first", "released", "shared", "since", "source", "taken", "turn", "used", "user", "watch", "writes"),
+        *("read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user", "watch"),
+        "writes",
     )
 
     def __init__(self, home: Home | None, source: Source | None) -> None:
@@ -182,6 +183,7 @@ class Lifecycle:
         self.writes: tuple[Write, ...] = ()
         self.hooks: tuple[Hook, ...] = ()
         self.dropped: Place | None = None  # the first write of a transaction that was closed without a commit
+        self.undone: OverlapError | None = None  # what the next use raises: a sibling threw this transaction away
         self.committed = False  # SQLAlchemy said so of the transaction that is ending
         self.freed: SessionTransaction | None = None  # the savepoint that SQLAlchemy is releasing
         self.close_waits = False
@@ -218,7 +220,9 @@ class Lifecycle:
         )
 
     def refuse_doomed(self) -> None:
-        """Raise if the managed transaction can only roll back."""
+        """Raise if the managed transaction can only roll back, or a sibling rolled back what was written before."""
+        if self.undone is not None:
+            raise self.undone
         doom = self.doom
         if doom is not None and self.owner is not None:
             raise self.rollback_only(doom)
@@ -250,21 +254,34 @@ class Lifecycle:
 
     def refuse_sibling(self, what: str) -> None:
         """Raise if a task that has written in this transaction still runs, and this is neither it nor its child."""
-        if self.acting:
-            return
-        writes = self.writes
-        if len(writes) == 0:
-            return
-        me = task_now()
-        for write in writes:
-            task = write.task
-            if task is None or task is me or task.done() or write in _wrote.get():
-                continue
+        write = self.sibling_write()
+        if write is not None:
             raise OverlapError(
-                f"{what} was called by {name_of(worker())} at {spell(here())}, while {name_of(task)}, which wrote "
-                f"at {spell(write.place)} in the same transaction, is still running.\n"
+                f"{what} was called by {name_of(worker())} at {spell(here())}, while {name_of(write.task)}, which "
+                f"wrote at {spell(write.place)} in the same transaction, is still running.\n"
                 "It would end the other's work half-way. Give each task a scope of its own (`async with scope():`, "
                 "or `fan_out`), or let the task that wrote end its transaction."
+            )
+
+    def sibling_write(self) -> Write | None:
+        """A write of a task that still runs, if this is neither it nor started by it since, nor the scope's own end."""
+        if self.acting or len(self.writes) == 0:
+            return None
+        me = task_now()
+        for write in self.writes:
+            task = write.task
+            if not (task is None or task is me or task.done() or write in _wrote.get()):
+                return write
+        return None
+
+    def undone_by_sibling(self) -> None:
+        """A transaction was rolled back below the session's own methods: tell those whose writes are gone with it."""
+        write = self.sibling_write()
+        if write is not None:
+            self.undone = OverlapError(
+                f"the transaction in which {name_of(write.task)} wrote at {spell(write.place)} was rolled back by "
+                f"{name_of(worker())} at {spell(here())}; the write is gone.\n"
+                "Give each task a scope of its own (`async with scope():`, or `fan_out`). `session.rollback()` goes on."
             )
 
     def overlap(self, what: str) -> DBScopeError:
@@ -609,6 +626,7 @@ class ScopedSession(Session):
     def rollback(self) -> None:
         """Roll back as `Session.rollback`; a managed transaction can only roll back from then on."""
         self._dbscope.refuse_sibling("session.rollback()")
+        self._dbscope.undone = None
         if self._dbscope.broken:
             self._throw_away()
         else:
@@ -785,7 +803,7 @@ def on_transaction_create(session: ScopedSession, transaction: "SessionTransacti
     life.used = True  # before looking whether it has ended: the end looks in the other order
     if life.acting:
         return
-    if life.ended is not None or life.doom is not None or (life.home is not None and life.source is not None):
+    if life.ended is not None or life.doom or life.undone or (life.home is not None and life.source is not None):
         try:
             life.refuse_ended()
             life.refuse_doomed()
@@ -826,6 +844,8 @@ def on_transaction_end(session: ScopedSession, transaction: "SessionTransaction"
     life = session._dbscope
     if transaction.parent is None:
         committed, life.committed = life.committed, False
+        if life.writes and not committed and life.owner is None:
+            life.undone_by_sibling()
         life.root_ended()
         if life.hooks and life.owner is None and not life.acting:
             cast("Source", life.source).run_hooks(life.take_hooks(committed=committed))
