@@ -96,15 +96,14 @@ def forgotten_keys(count: int) -> dict[str, float]:
     return growth(count, registry)
 
 
-WHAT = {
-    function.__name__: function for function in (idle_scope, idle_session, closed, forgotten, forgotten_keys)
-}
+WHAT = {function.__name__: function for function in (idle_scope, idle_session, closed, forgotten, forgotten_keys)}
 
 
-def ask(what: str, count: int) -> "subprocess.Popen[str]":
-    """Start a measurement in a process of its own."""
+def ask(what: str, count: int) -> dict[str, float]:
+    """Measure in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", what, str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 if __name__ == "__main__":

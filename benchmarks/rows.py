@@ -224,7 +224,7 @@ IN_SCOPE = "scope().__enter__()\ndb.session()"
 IN_REQUEST = "model.set_request_id('r')\nmodel.session()"
 
 
-def look_ups(what: Callable[[str], str], dbscope: str, *, steps: int = 4) -> list[Contender]:
+def look_ups(what: Callable[[str], str], dbscope: str) -> list[Contender]:
     """The same on every registry that is called, thread-local `scoped_session` last."""
     return [
         Contender("dbscope", dbscope, setup=IN_SCOPE),
@@ -236,14 +236,13 @@ def look_ups(what: Callable[[str], str], dbscope: str, *, steps: int = 4) -> lis
 
 def rows(server: Server) -> list[tuple[Row, Place]]:
     """All rows, each with what makes the names that its code uses."""
-    async_look_up = Contender("async_scoped_session", "ascoped()", setup="ascoped()", is_async=True)
     return [
         (
-            Row("look-up in a scope, `registry()`", look_ups("{}()".format, "db.session.registry()"), 0.35, steps=4),
+            Row("look-up in a scope, `registry()`", look_ups("{}()".format, "db.session.registry()"), 0.35, steps=10),
             on_sqlite,
         ),
         (
-            Row("look-up in a scope, `db.session()`", look_ups("{}()".format, "db.session()"), 0.55, steps=4),
+            Row("look-up in a scope, `db.session()`", look_ups("{}()".format, "db.session()"), 0.55, steps=10),
             on_sqlite,
         ),
         (
@@ -255,16 +254,16 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                     Contender("scoped_session", "scoped()", setup="scoped()"),
                 ],
                 0.85,
-                steps=4,
+                steps=10,
             ),
             on_sqlite,
         ),
         (
-            Row("an attribute through the registry", look_ups("{}.autoflush".format, "db.session.autoflush"), 0.60, 4),
+            Row("an attribute through the registry", look_ups("{}.autoflush".format, "db.session.autoflush"), 0.60, 10),
             on_sqlite,
         ),
         (
-            Row("a method through the registry", look_ups("{}.add_all(())".format, "db.session.add_all(())"), 0.45, 4),
+            Row("a method through the registry", look_ups("{}.add_all(())".format, "db.session.add_all(())"), 0.45, 10),
             on_sqlite,
         ),
         (
@@ -313,7 +312,9 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                 [
                     Contender("dbscope", "async with scope():\n    asession()", "end of the scope", is_async=True),
                     Contender("async_scoped_session", "ascoped()\nawait ascoped.remove()", "close", is_async=True),
-                    Contender("plain close", "await AsyncSession(aengine).close()", "close, not shielded", is_async=True),
+                    Contender(
+                        "plain close", "await AsyncSession(aengine).close()", "close, not shielded", is_async=True
+                    ),
                     Contender(
                         "async with AsyncSession",
                         "async with AsyncSession(aengine):\n    pass",
@@ -354,7 +355,8 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                     ),
                     Contender(
                         "async with AsyncSession",
-                        "async with amaker() as session:\n    await session.get(Account, 1)\n    await session.commit()",
+                        "async with amaker() as session:\n    await session.get(Account, 1)\n"
+                        "    await session.commit()",
                         "commit, close shielded once",
                         is_async=True,
                     ),
@@ -370,7 +372,9 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
 def selects(*, recipe: bool = False) -> list[Contender]:
     """One SELECT of a column."""
     by_recipe = Contender(
-        "with Session, BEGIN by the recipe", "with Session(recipe) as session:\n    session.scalar(BALANCE)", "close: rolls back"
+        "with Session, BEGIN by the recipe",
+        "with Session(recipe) as session:\n    session.scalar(BALANCE)",
+        "close: rolls back",
     )
     return [
         Contender("dbscope", "with scope():\n    db.session.scalar(BALANCE)", "end of the scope: rolls back"),

@@ -250,8 +250,10 @@ async def test_statement_10_every_public_member_of_a_session_is_there(kit):
         session = S()
         public = {name for name in {*dir(session), *vars(session)} if not name.startswith("_")}
         assert [name for name in sorted(public) if not hasattr(S, name)] == []
-        assert S.in_transaction == session.in_transaction
-        assert S.get_nested_transaction == session.get_nested_transaction
+        assert not S.in_transaction()
+        await kit.done(session.connection())
+        assert S.in_transaction()
+        assert S.get_transaction() is session.get_transaction()
         if not kit.db.is_async:
             S.expire_on_commit = False
             assert session.expire_on_commit is False

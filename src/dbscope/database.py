@@ -22,7 +22,7 @@ from dbscope.instrument import instrument_engine, instrument_sessions
 from dbscope.lifecycle import Lifecycle, ScopedSession, Shared, adopt, derive, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
-from dbscope.registry import SessionRegistry
+from dbscope.registry import SessionRegistry, registry_for
 from dbscope.scope import Scope, current_scope, implicit_scope
 from dbscope.transaction import Kind, Transaction, call_of, transactional
 from dbscope.where import Place, here, name_of, running_loop, spell, worker
@@ -134,6 +134,7 @@ class BaseDatabase:
             )
         life = life_of(session)
         life.home, life.source = home, self
+        session._dbscope = life  # on the async shell, too
         return session
 
     def refuse_implicit(self) -> None:
@@ -321,7 +322,7 @@ class Database(BaseDatabase, Generic[S]):
         self._maker.kw = kw
         self._class = self._maker.class_
         instrument_sessions(self._class)
-        self.session = SessionRegistry(self, self._maker)
+        self.session = registry_for(SessionRegistry, self, session_class, Session)(self, self._maker)
 
     def transaction(self, *, nested: bool = False, new: bool = False) -> Transaction[S]:
         """A block whose work is committed when it ends, or rolled back, and the error re-raised.

@@ -55,6 +55,10 @@ _getframe = sys._getframe
 class Home(Protocol):
     """What a lifecycle asks of the scope that its session lives in."""
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether there is a scope around this one."""
+
     def describe(self) -> str:
         """The scope as errors name it."""
 
@@ -300,7 +304,7 @@ class Lifecycle:
         if type(connection) is Connection and not isinstance(session.bind, Connection):  # the session's own
             connection.__class__ = OwnedConnection
         self.connection = connection
-        self.taken = here() if self.asking is None else place_of(self.asking)
+        self.taken = here() if self.asking is None else place_of(self.asking.f_back)
         self.since = _monotonic()
         source, home = self.source, self.home
         if source is not None:
@@ -777,9 +781,8 @@ def release(session: Session) -> None:
             if life.owner is not None and life.owner.reader:
                 session.expunge_all()  # before the rollback, which would expire what was read
             try:
-                super(
-                    ScopedSession, cast(ScopedSession, session)
-                ).close()  # the turn is ours: what stands before this asks for it again
+                # The turn is ours already: what `derive` put before this would only ask for it again.
+                super(ScopedSession, cast("ScopedSession", session)).close()
             except BaseException:
                 session.invalidate()  # never return a connection in an unknown state
                 raise
@@ -803,7 +806,8 @@ def on_transaction_create(session: ScopedSession, transaction: "SessionTransacti
     life.used = True  # before looking whether it has ended: the end looks in the other order
     if life.acting:
         return
-    if life.ended is not None or life.doom or life.undone or (life.home is not None and life.source is not None):
+    home = life.home
+    if life.ended is not None or life.doom or life.undone or (home is not None and home.is_inside):
         try:
             life.refuse_ended()
             life.refuse_doomed()

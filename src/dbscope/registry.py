@@ -7,6 +7,8 @@ instead of forwarding each call, which is what makes it faster than the original
 
 import contextlib
 from collections.abc import Callable
+from functools import update_wrapper
+from inspect import iscoroutinefunction, isfunction, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionRegistry"]
 
+_get = _scope._get
+_thread = _scope._thread
+
 S = TypeVar("S", bound=Session)
+R = TypeVar("R")
 
 
 class LookUp(Protocol):
@@ -38,11 +44,14 @@ class LookUp(Protocol):
 
 
 def look_up(source: Any) -> LookUp:
-    """A function that returns the current scope's session for `source`, and makes it where there is none yet."""
-    get = _scope._get
-    thread = _scope._thread
+    """A function that returns the current scope's session for `source`, and makes it where there is none yet.
 
-    def registry() -> Any:
+    It takes and ignores the registry, so that it can stand on the registry's class.
+    """
+    get = _get
+    thread = _thread
+
+    def registry(_registry: Any = None) -> Any:
         home = get()
         if home is not None:
             try:
@@ -50,10 +59,12 @@ def look_up(source: Any) -> LookUp:
             except KeyError:
                 return home.open(source)
         if running_loop() is None:
-            try:
-                return thread.home._sessions[source]  # type: ignore[union-attr]  # None has none, and we go on
-            except (KeyError, AttributeError):
-                pass
+            home = thread.home
+            if home is not None:
+                try:
+                    return home._sessions[source]
+                except KeyError:
+                    pass
         return outside().open(source)
 
     def outside() -> Any:
@@ -111,14 +122,9 @@ class SessionRegistry(scoped_session[S]):
         def in_transaction(self) -> bool: ...
         def invalidate(self) -> None: ...
         def prepare(self) -> None: ...
-    else:
-
-        def __getattr__(self, name):
-            return beyond(self, name)
 
     def __init__(self, source: Any, factory: "sessionmaker[S]") -> None:
         self.session_factory = factory
-        self.registry = look_up(source)
         self._source = source
 
     def __call__(self, **kw: Any) -> S:
@@ -136,6 +142,15 @@ class SessionRegistry(scoped_session[S]):
             if self.registry.has():
                 return super().__call__(**kw)  # which says that a session is present
             return self.registry.place().open(self._source, kw)  # type: ignore[no-any-return]  # an S
+        # As in `look_up`: one call more takes a third longer.
+        home = _get()
+        if home is None and running_loop() is None:
+            home = _thread.home
+        if home is not None:
+            try:
+                return home._sessions[self._source]  # type: ignore[no-any-return]  # an S
+            except KeyError:
+                pass
         return self.registry()  # type: ignore[no-any-return]  # an S
 
     def remove(self) -> None:
@@ -185,26 +200,71 @@ def forget(registry: Any, session: Any) -> None:
     end_life(session, End(home.describe() if home else registry._source.name, "it was removed", here()))
 
 
-def beyond(registry: Any, name: str) -> Any:
-    """A member that the user's own session class adds, such as the `exec` of SQLModel's.
+# Every member is generated with the look-up written out in it: calling `registry()` and `getattr` from a common getter
+# would make it slower than SQLAlchemy's own proxy, which is generated too. No scope, or no session yet: the long way.
+_LOOK_UP = """
+    home = _get()
+    if home is None:
+        session = self.registry()
+    else:
+        try:
+            session = home._sessions[self._source]
+        except KeyError:
+            session = self.registry()
+"""
+_ATTRIBUTE = f"""
+def get(self):{_LOOK_UP}    return session.{{name}}
 
-    Raises:
-        AttributeError: it has none of this name.
+def set_(self, value):{_LOOK_UP}    session.{{name}} = value
+"""
+_METHOD = f"""
+def method(self, {{parameters}}):{_LOOK_UP}    return session.{{name}}({{parameters}})
+"""
+# For registries of another kind, which find their session by themselves.
+_FOUND_BY_REGISTRY = """
+    session = self.registry()
+"""
+
+
+def _generate(template: str, **names: str) -> dict[str, Any]:
+    made: dict[str, Any] = {"_get": _get}
+    # Under this file's name, so that errors do not take it for the user's line.
+    exec(compile(template.format(**names), __file__, "exec"), made)
+    return made
+
+
+def _member(session_class: type, name: str, proxy: Any = None, *, find: str = _LOOK_UP) -> Any:
+    """A registry's member that stands for the session's: a method where one can, else a property.
+
+    Args:
+        session_class: the session's.
+        name: the member's.
+        proxy: SQLAlchemy's own member of a registry, if it has one: what cannot be set there cannot be set here.
+        find: how to find the session.
     """
-    if name.startswith("_") or not hasattr(registry._source._class, name):
-        raise AttributeError(f"{type(registry).__name__!r} object has no attribute {name!r}", name=name, obj=registry)
-    return getattr(registry.registry(), name)
+    original = _raw(session_class, name)
+    parameters = _plain_parameters(original)
+    if parameters is not None:
+        method = _generate(_METHOD.replace(_LOOK_UP, find), name=name, parameters=", ".join(parameters))["method"]
+        return update_wrapper(method, original)
+    made = _generate(_ATTRIBUTE.replace(_LOOK_UP, find), name=name)
+    read_only = isinstance(proxy, property) and proxy.fset is None
+    return property(made["get"], None if read_only else made["set_"], doc=getattr(original, "__doc__", None))
 
 
-def _member(name: str, original: Any = None) -> property:
-    def get(self: Any) -> Any:
-        return getattr(self.registry(), name)
+def _plain_parameters(original: Any) -> list[str] | None:
+    """The parameters of a method that has no options; None for others, and for what is no method.
 
-    def set_(self: Any, value: Any) -> None:
-        setattr(self.registry(), name, value)
-
-    read_only = isinstance(original, property) and original.fset is None
-    return property(get, None if read_only else set_, doc=getattr(getattr(Session, name, None), "__doc__", None))
+    A method with options stays a property, which yields the session's own bound method: passing on a dozen options
+    that nobody gave would take longer, and a default would be written down twice.
+    """
+    if not isfunction(original) or iscoroutinefunction(original):
+        return None
+    _, *parameters = signature(original).parameters.values()
+    public = [p for p in parameters if not p.name.startswith("_")]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in public):
+        return None
+    return [p.name for p in public]
 
 
 def stand_for(registry_class: type, session_class: type) -> None:
@@ -215,7 +275,7 @@ def stand_for(registry_class: type, session_class: type) -> None:
     """
     for name in _members(session_class):
         if name not in registry_class.__dict__:
-            setattr(registry_class, name, _member(name, getattr(registry_class, name, None)))
+            setattr(registry_class, name, _member(session_class, name, getattr(registry_class, name, None)))
     for name in ("__contains__", "__iter__"):
         setattr(registry_class, name, _forward(name))
 
@@ -224,11 +284,28 @@ def complete(registry_class: type, session_class: type) -> None:
     """Give a registry the public members of the session class that it lacks."""
     for name in _members(session_class):
         if not hasattr(registry_class, name):
-            setattr(registry_class, name, _member(name))
+            setattr(registry_class, name, _member(session_class, name, find=_FOUND_BY_REGISTRY))
+
+
+def registry_for(registry_class: type[R], source: Any, session_class: type, plain: type) -> type[R]:
+    """The registry's class for a database: with its look-up, and what its session class adds to the `plain` one.
+
+    Such as the `exec` of SQLModel's. The look-up is on a class of the database's own, because Python calls methods
+    faster than what an instance keeps; a `__getattr__` would slow down every member.
+    """
+    own = {
+        name: _member(session_class, name)
+        for name in dir(session_class)
+        if not name.startswith("_") and name != "dispatch" and _raw(session_class, name) is not _raw(plain, name)
+    }
+    return type(registry_class.__name__, (registry_class,), {**own, "registry": look_up(source)})
 
 
 # Set by `__init__`, and so unknown to the class.
-_OF_SESSION = ("autobegin", "enable_baked_queries", "expire_on_commit", "hash_key", "join_transaction_mode", "twophase")
+_OF_SESSION = (
+    *("autobegin", "autoflush", "bind", "enable_baked_queries", "expire_on_commit", "hash_key", "identity_map"),
+    *("join_transaction_mode", "twophase"),
+)
 _OF_ASYNC_SESSION = ("sync_session",)
 
 

@@ -76,6 +76,19 @@ class Colour(Enum):
 _NEW, _OPEN, _ENDING, _ENDED = State
 _SYNC, _ASYNC, _BY_ID, _IMPLICIT = Colour
 
+# Shared by all scopes that use no session, and never written to: a dictionary is a fifth of an idle scope's memory.
+_NO_SESSIONS: dict[Any, Any] = {}
+_first_session = threading.Lock()
+
+
+def _free_lock() -> None:
+    global _first_session
+    _first_session = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_lock)  # the thread that held it may be the parent's alone
+
 _current: ContextVar["Scope | None"] = ContextVar("dbscope.scope", default=None)
 _get, _set = _current.get, _current.set
 _getframe = sys._getframe
@@ -125,14 +138,19 @@ class Scope:
         self.name = name
         self.commit = commit
         self.writes = writes
-        self._sessions: dict[Any, Any] = {}
+        self._sessions = _NO_SESSIONS
         self._state = _NEW
 
     # -- entering and leaving ----------------------------------------------------------------------------------
 
     def __enter__(self) -> "Scope":
         self._colour = _SYNC
-        self._enter(_getframe(1))
+        frame = _getframe(1)  # as in `_enter`: that call would be a tenth of an empty scope
+        code = frame.f_code
+        if code.co_flags & _IN_GENERATOR or code.co_filename == _CONTEXTLIB:
+            frame = _refuse_generator(frame)
+            code = frame.f_code
+        self._open(code, frame.f_lasti)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -187,7 +205,7 @@ class Scope:
         """
         sessions = self._sessions
         lost = None
-        for source, session in sessions.items():
+        for source, session in [*sessions.items()]:
             if session is _Guests:
                 return False
             life: Lifecycle = session._dbscope
@@ -199,7 +217,7 @@ class Scope:
                 if error is None and (place := life.unsaved(session)) is not None:
                     lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
-        self._sessions = {}  # not cleared: it is gone through below, and other threads may look into it
+        self._sessions = _NO_SESSIONS
         end = End(self, "it ended", place_of(frame))
         for session in sessions.values():
             if session._dbscope.ended is None:
@@ -328,7 +346,15 @@ class Scope:
         if self.commit is not None:
             title = f"the transaction of {self.describe()}"
             life_of(session).own(Owner(title, self.place, immediate=self.writes))
-        return self._sessions.setdefault(source, session)  # another thread of the same work may have been faster
+        return self._own_sessions().setdefault(source, session)  # another thread of the same work may have been faster
+
+    def _own_sessions(self) -> dict[Any, Any]:
+        """The scope's sessions, to put one in: a dictionary of its own from the first on."""
+        if self._sessions is _NO_SESSIONS:
+            with _first_session:  # another thread of the same work may be here, too
+                if self._sessions is _NO_SESSIONS:
+                    self._sessions = {}
+        return self._sessions
 
     def has(self, source: Any) -> bool:
         """Whether this scope has opened a session for `source`."""
@@ -340,7 +366,7 @@ class Scope:
 
     def put(self, source: Any, session: Any) -> None:
         """Make `session` the scope's session for `source`."""
-        self._sessions[source] = session
+        self._own_sessions()[source] = session
 
     def guest(self, key: Any) -> Any | None:
         """The object that `keep` was given for `key`, while the scope is open."""
@@ -360,7 +386,7 @@ class Scope:
             raise self.ended_error(repr(key))
         if getattr(self, "_guests", None) is None:
             self._guests: dict[Any, tuple[Any, Callable[[], None]]] = {}
-        self._sessions.setdefault(_Guests, _Guests)  # or leaving would take the short way
+        self._own_sessions().setdefault(_Guests, _Guests)  # or leaving would take the short way
         return self._guests.setdefault(key, (thing, close))[0]
 
     def dismiss(self, key: Any) -> None:
@@ -494,6 +520,11 @@ class Scope:
         """Where the scope was opened; None if nobody opened it, or nobody has yet."""
         code = getattr(self, "_code", None)
         return None if code is None else (code, self._instruction)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether another scope was open around this one when it was entered."""
+        return self._outer is not None
 
     @property
     def ended(self) -> bool:

@@ -65,6 +65,10 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
 
 def place_of(frame: FrameType | None) -> Place | None:
     """The user's line at or above `frame`."""
+    if frame is not None:
+        code = frame.f_code
+        if _between.get(code.co_filename) is False:  # the user's own call, nearly always: no walk
+            return code, frame.f_lasti
     found = user_frame(frame)
     return None if found is None else (found.f_code, found.f_lasti)
 
