@@ -16,7 +16,11 @@ from tests.support import needs
 from tests.support.kits import Account, Base, Kit, Payment, make_kit, twice
 
 BACKENDS = [
-    *(pytest.param((colour, kind), id=f"{kind}-{colour}") for kind in ("file", "memory") for colour in ("sync", "async")),
+    *(
+        pytest.param((colour, kind), id=f"{kind}-{colour}")
+        for kind in ("file", "memory")
+        for colour in ("sync", "async")
+    ),
     *(pytest.param((c, "server"), id=f"server-{c}", marks=pytest.mark.postgres) for c in ("sync", "async", "psycopg")),
 ]
 
@@ -156,6 +160,12 @@ async def test_a_statement_that_fails_can_be_rolled_back(kit):
             with pytest.raises(Exception, match="nowhere"):
                 await kit.done(kit.session().execute(text("SELECT * FROM nowhere")))
         assert await amounts(kit) == [1]
+        async with kit.scope():
+            await kit.done(kit.session().scalars(select(Payment)))
+            await pay(kit, 2, new=True)
+            with pytest.raises(Exception, match="nowhere"):
+                await kit.done(kit.session().execute(text("SELECT * FROM nowhere")))
+        assert 1 in await amounts(kit)
 
 
 @twice
@@ -173,6 +183,36 @@ async def test_a_session_that_only_read_does_not_undo_what_others_saved_meanwhil
             await kit.done(kit.session().rollback())
             assert sorted(await kit.done(kit.session().scalars(select(Payment.amount)))) == [1, 2]
         assert await amounts(kit) == [1, 2]
+
+
+@twice
+async def test_nor_do_several_that_only_read_one_around_the_other(kit):
+    """What was saved inside of the innermost reader is kept by the readers around it, too."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        for amount in (1, 2):
+            async with kit.scope():
+                await kit.done(kit.session().scalars(select(Payment)))
+                async with kit.scope():
+                    await kit.done(kit.session().scalars(select(Payment)))
+                    await pay(kit, amount, new=True)
+        assert await amounts(kit) == [1, 2]
+
+
+@twice
+async def test_a_released_savepoint_is_undone_with_its_transaction(kit):
+    """A session whose only writes were in a savepoint has written, whatever others saved inside of it before."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        async with kit.scope():
+            session = kit.session()
+            await kit.done(session.scalars(select(Payment)))
+            await pay(kit, 1, new=True)
+            savepoint = await kit.done(session.begin_nested())
+            session.add(Payment(amount=2))
+            await kit.done(savepoint.commit())
+            await kit.done(session.rollback())
+        assert 2 not in await amounts(kit)
 
 
 @twice
@@ -280,7 +320,10 @@ def test_one_sandbox_for_several_databases(tmp_path):
 async def test_one_sandbox_for_both_colours(tmp_path):
     """With `async with`, sync databases may be given beside async ones."""
     needs.module("aiosqlite", extra="aiosqlite")
-    db, adb = Database(f"sqlite:///{tmp_path / 'a.db'}"), dbscope.AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'b.db'}")
+    db, adb = (
+        Database(f"sqlite:///{tmp_path / 'a.db'}"),
+        dbscope.AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'b.db'}"),
+    )
     for name in "ab":
         Base.metadata.create_all(create_engine(f"sqlite:///{tmp_path / name}.db"))
     async with sandbox(db, adb):
@@ -392,6 +435,39 @@ async def test_those_that_only_read_are_in_nobodys_way(kit):
 
 
 @twice
+async def test_a_reader_may_end_before_the_writer_that_began_after_it(kit):
+    """The older of two ends first, having only read, and the younger one's work is kept."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        reader = kit.db.new_session()
+        await kit.done(reader.scalars(select(Payment)))
+        async with kit.transaction() as session:
+            session.add(Payment(amount=1))
+            await kit.done(session.flush())
+            await kit.done(reader.rollback())
+            await kit.done(reader.close())
+        assert await amounts(kit) == [1]
+
+
+@twice
+async def test_a_savepoint_may_outlast_a_reader_that_began_before_it(kit):
+    """A savepoint that is begun while another session reads is released after that one has ended."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        async with kit.transaction() as session:
+            await kit.done(session.scalars(select(Payment)))
+            reader = kit.db.new_session()
+            await kit.done(reader.scalars(select(Payment)))
+            async with kit.transaction(nested=True):
+                session.add(Payment(amount=1))
+                await kit.done(session.flush())
+                await kit.done(reader.rollback())
+                await kit.done(reader.close())
+            assert list(await kit.done(session.scalars(select(Payment.amount)))) == [1]
+        assert await amounts(kit) == [1]
+
+
+@twice
 async def test_a_write_is_never_lost_with_a_reader_that_began_later(kit):
     """What the older session writes is not undone when the younger one, which had only read until then, rolls back."""
     await ready(kit)
@@ -402,7 +478,7 @@ async def test_a_write_is_never_lost_with_a_reader_that_began_later(kit):
             await kit.done(outside.scalars(select(Payment)))
             kit.session().add(Payment(amount=1))
             await kit.done(kit.session().flush())
-            with pytest.raises(dbscope.OverlapError, match="went on|gone on"):
+            with pytest.raises(dbscope.OverlapError, match="which has gone on since"):
                 await kit.done(outside.execute(text("UPDATE payments SET amount = 2")))
             await kit.done(outside.rollback())
             await kit.done(outside.close())
@@ -430,6 +506,9 @@ def test_the_connection_is_not_to_be_ended_by_anybody(sync_kit, method):
     with sandbox(sync_kit.db), dbscope.scope():
         with pytest.raises(dbscope.NotTheOwnerError, match="whose transaction ends with the test"):
             getattr(sync_kit.session().connection(), method)()
+        sync_kit.session().add(Payment(amount=1))
+        sync_kit.session().commit()  # the sandbox goes on
+    assert sync_kit.count() == 0
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback"])
@@ -457,7 +536,9 @@ def test_a_lost_connection_is_explained(sync_kit):
 async def test_a_scope_left_open_fails_the_test(kit):
     """A scope that the test opened and did not leave is named with its line, ended, and current for nobody."""
     await ready(kit)
-    with pytest.raises(LeftOpenError, match=r"(?s)test a ended, but scope 'job' \(opened at .*\d\) is still open") as found:
+    with pytest.raises(
+        LeftOpenError, match=r"(?s)test a ended, but scope 'job' \(opened at .*\d\) is still open"
+    ) as found:
         async with kit.block(sandbox(kit.db, name="test a")):
             job = kit.scope("job")
             await job.__aenter__()
@@ -543,7 +624,7 @@ async def test_failure_30_a_session_used_after_its_test_says_which_test(kit):
 
 def test_a_connection_of_the_engine_left_open_fails_the_test(sync_kit):
     """What was taken from the pool past dbscope is counted."""
-    with pytest.raises(LeftOpenError, match="1 connection taken from the engine of .* is still checked out"):
+    with pytest.raises(LeftOpenError, match=r"1 connection taken from the engine of .* is still checked out"):
         with sandbox(sync_kit.db):
             connection = sync_kit.db.engine.connect()
     connection.close()
@@ -567,7 +648,9 @@ async def test_a_session_that_holds_a_connection_before_is_refused(kit):
     await ready(kit)
     async with kit.scope("set-up"):
         await kit.done(kit.session().scalars(select(Payment)))
-        with pytest.raises(dbscope.ScopeMisuseError, match=r"(?s)session of scope 'set-up' .* holds .*py:\d+.*inside of"):
+        with pytest.raises(
+            dbscope.ScopeMisuseError, match=r"(?s)session of scope 'set-up' .* holds .*py:\d+.*inside of"
+        ):
             async with kit.block(sandbox(kit.db)):
                 pass
         await kit.done(kit.session().rollback())
@@ -576,10 +659,12 @@ async def test_a_session_that_holds_a_connection_before_is_refused(kit):
 
 def test_the_threads_implicit_scope_is_no_leak_but_its_writes_are_reported(sync_kit):
     """The implicit scope lasts as long as its thread; its session goes with the test, with the usual warning."""
-    with pytest.warns(dbscope.UncommittedWrites, match="never|the first at"):
-        with sandbox(sync_kit.db):
-            sync_kit.db.session.add(Payment())
-            sync_kit.db.session.flush()
+    box = sandbox(sync_kit.db)
+    box.__enter__()
+    sync_kit.db.session.add(Payment())
+    sync_kit.db.session.flush()
+    with pytest.warns(dbscope.UncommittedWrites, match="the first at tests/test_testing.py"):
+        box.__exit__(None, None, None)
     with sandbox(sync_kit.db):
         assert sync_kit.db.session.scalars(select(Payment)).all() == []
 

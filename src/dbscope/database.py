@@ -47,8 +47,11 @@ _EXTRAS = {
 class SharedConnection(Shared, Protocol):
     """What `dbscope.testing` puts into a database, so that its sessions share a connection."""
 
-    connection: Connection
     options: dict[str, Any]
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, below an `AsyncConnection` if it is one."""
 
     def adopt(self, session: ScopedSession, life: Lifecycle) -> None:
         """A session was made that works on the connection."""

@@ -313,9 +313,10 @@ class _Level:
                     self.reported = home._report(database, place, self.reported)
             title = home.describe() if home is not None else f"{database.name}"
             life.ended = life.ended or End(title, f"{self.name} ended")
-            if home is not None and home.has(database) and life_of(home.open(database)) is life:
-                if home in around or home._colour is Colour.IMPLICIT:
-                    home.forget(database)
+            if home is None or not (home in around or home._colour is Colour.IMPLICIT):
+                continue
+            if home.has(database) and life_of(home.open(database)) is life:
+                home.forget(database)  # it goes on after the test, with another session
         for session in sessions:
             try:
                 release(session)
@@ -484,7 +485,7 @@ class _Shared:
         if own[-1].lapsed:
             raise OverlapError(
                 f"a session was to write at {spell(here())}, whose transaction (since {spell(own[-1].place)}) began "
-                f"inside of another one on the one connection of {self._name()}, and that one has gone on since.\n{_ALONE}"
+                f"inside of another one on the one connection of {self._name()}, which has gone on since.\n{_ALONE}"
             )
         above = self.above(own[-1])
         for savepoint in above:
@@ -628,6 +629,8 @@ class _Savepoint(NestedTransaction):
         self._deactivate_from_connection(warn=False)
 
     def _over(self, *, saved: bool) -> None:
+        while (top := self.connection.get_nested_transaction()) is not None and not top.is_active:
+            top._deactivate_from_connection(warn=False)  # it ended before this one, and could not go then
         savepoints = self.shared.savepoints
         if self not in savepoints:
             return

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-SHOP = '''
+SHOP = """
 import asyncio
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -33,9 +33,9 @@ def place_order(item):
 def count_orders():
     with db.reader() as session:
         return session.scalar(select(func.count()).select_from(Order))
-'''
+"""
 
-ASYNC = '''
+ASYNC = """
 from dbscope import AsyncDatabase
 adb = AsyncDatabase("sqlite+aiosqlite:///shop.db")
 
@@ -46,7 +46,7 @@ async def aplace_order(item):
 async def acount_orders():
     async with adb.reader() as session:
         return await session.scalar(select(func.count()).select_from(Order))
-'''
+"""
 
 
 def write(folder: Path, *, is_async: bool = False) -> None:
