@@ -430,9 +430,7 @@ class _Shared:
         try:
             if use not in _CLEAN_UP:
                 self._refuse(session)
-            if use == "begin_nested":
-                self._uncover(session)
-            elif use == "connection":
+            if use == "connection":
                 self._wrote(session)  # what is done with it cannot be seen
             yield
         except DBAPIError:
@@ -639,7 +637,7 @@ class _Savepoint(NestedTransaction):
         for savepoint in below:
             if saved and self.dirty and savepoint.session is self.session:
                 savepoint.dirty = True
-            elif (saved and self.dirty) or self.keeps:
+            elif saved and self.dirty:
                 savepoint.keeps = True
 
 
