@@ -227,8 +227,8 @@ _FOUND_BY_REGISTRY = """
 
 
 def _generate(template: str, **names: str) -> dict[str, Any]:
-    made: dict[str, Any] = {"_get": _get}
-    # Under this file's name, so that errors do not take it for the user's line.
+    # Under this module's name and file, so that errors do not take it for the user's line.
+    made: dict[str, Any] = {"_get": _get, "__name__": __name__}
     exec(compile(template.format(**names), __file__, "exec"), made)
     return made
 
