@@ -37,6 +37,7 @@ def own(cls: type) -> set[str]:
         if base.__module__.startswith("dbscope")
         for name, member in vars(base).items()
         if not name.startswith("_") and inspect.isfunction(member)
+        if not hasattr(member, "__wrapped__")  # a registry's, which stands for the session's
     }
 
 

@@ -227,7 +227,7 @@ _FOUND_BY_REGISTRY = """
 
 
 def _generate(template: str, **names: str) -> dict[str, Any]:
-    # Under this module's name and file, so that errors do not take it for the user's line.
+    # Under this module's and file's names, so that errors do not take it for the user's line.
     made: dict[str, Any] = {"_get": _get, "__name__": __name__}
     exec(compile(template.format(**names), __file__, "exec"), made)
     return made
@@ -244,8 +244,8 @@ def _member(session_class: type, name: str, proxy: Any = None, *, find: str = _L
     """
     original = _raw(session_class, name)
     parameters = _plain_parameters(original)
-    if parameters is not None:
-        method = _generate(_METHOD.replace(_LOOK_UP, find), name=name, parameters=", ".join(parameters))["method"]
+    if parameters is not None and find is _LOOK_UP:
+        method = _generate(_METHOD, name=name, parameters=", ".join(parameters))["method"]
         return update_wrapper(method, original)
     made = _generate(_ATTRIBUTE.replace(_LOOK_UP, find), name=name)
     read_only = isinstance(proxy, property) and proxy.fset is None
