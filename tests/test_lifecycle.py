@@ -16,6 +16,7 @@ from dbscope import (
     ReadOnlyError,
     RollbackOnlyError,
     ScopeEndedError,
+    SelfBlockedError,
     UncommittedWrites,
     scope,
 )
@@ -550,3 +551,41 @@ def test_transactions_2_threads_may_hand_a_transaction_over(sync_kit: SyncKit) -
         thread.start()
         thread.join()
     assert sync_kit.amounts() == [1, 2]
+
+
+@twice
+@pytest.mark.parametrize("how", ["on-success", "transaction", "adopted", "by itself"])
+async def test_scopes_9_a_refused_commit_leaves_no_transaction_in_the_pool(kit: Kit, how: str) -> None:
+    """SQLite keeps a transaction open whose COMMIT failed: it is rolled back before its connection is given back."""
+    deferred = "CREATE TABLE child (parent INTEGER REFERENCES payments(id) DEFERRABLE INITIALLY DEFERRED)"
+    with kit.outside.begin() as connection:
+        connection.execute(text(deferred.replace("payments", Payment.__tablename__)))
+    orphan = text("INSERT INTO child VALUES (-1)")
+    with pytest.raises(IntegrityError):
+        async with kit.scope(commit="on-success" if how == "on-success" else None):
+            if how in ("on-success", "by itself"):
+                await kit.done(kit.session().execute(orphan))
+                if how == "by itself":
+                    await kit.done(kit.session().commit())
+            else:
+                if how == "adopted":
+                    await kit.done(kit.session().execute(ALL))
+                async with kit.transaction(new=how == "transaction") as session:
+                    await kit.done(session.execute(orphan))
+    with kit.outside.connect() as connection:
+        connection.execute(text("PRAGMA busy_timeout = 0"))
+        connection.execute(write(1))  # nobody holds the write lock
+        connection.rollback()
+
+
+def test_scopes_3_a_connection_is_held_where_no_line_of_the_users_took_it(sync_kit: SyncKit) -> None:
+    """A thread that was given SQLAlchemy's own method has no line to name, and holds the write lock all the same."""
+    with sync_kit.db.transaction() as session:
+        thread = threading.Thread(target=session.execute, args=[write(1)])
+        thread.start()
+        thread.join()
+        session.scalar(text("SELECT 1"))  # the block goes on here
+        with pytest.raises(SelfBlockedError, match="an unknown line"):
+            with sync_kit.db.transaction(new=True) as second:
+                second.execute(write(2))
+    assert sync_kit.amounts() == [1]

@@ -5,6 +5,7 @@ The state is a `Lifecycle` beside the session, so that users keep plain SQLAlche
 with `ScopedSession` put before it.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -35,7 +36,20 @@ from dbscope.errors import (
 from dbscope.hooks import Hook
 from dbscope.lockwatch import LockWatch, backend_of
 from dbscope.statements import Kind
-from dbscope.where import Place, Worker, ago, here, name_of, place_of, running_loop, spell, task_now, thread_id, worker
+from dbscope.where import (
+    UNKNOWN,
+    Place,
+    Worker,
+    ago,
+    here,
+    name_of,
+    place_of,
+    running_loop,
+    spell,
+    task_now,
+    thread_id,
+    worker,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -193,7 +207,7 @@ class Lifecycle:
         self.close_waits = False
         self.broken = False  # a BaseException cut through a flush or a commit
         self.read_first = False  # on SQLite: the transaction began with a read, and a write has to upgrade it
-        self.taken: Place | None = None  # the line that took the connection
+        self.taken: Place | None = None  # the line that took the connection, while there is one
         self.since = 0.0  # when it did, on the monotonic clock
         self.asking: FrameType | None = None  # the call of the session's that may take a connection, while it runs
         self.user: Worker | None = None  # who used the session last, or is using it
@@ -304,7 +318,7 @@ class Lifecycle:
         if type(connection) is Connection and not isinstance(session.bind, Connection):  # the session's own
             connection.__class__ = OwnedConnection
         self.connection = connection
-        self.taken = here() if self.asking is None else place_of(self.asking.f_back)
+        self.taken = (here() if self.asking is None else place_of(self.asking.f_back)) or UNKNOWN
         self.since = _monotonic()
         source, home = self.source, self.home
         if source is not None:
@@ -702,7 +716,14 @@ class OwnedConnection(Connection):
     def _commit_impl(self) -> None:
         life = self._dbscope._dbscope
         life.refuse_stranger("a commit of the session's connection")
-        super()._commit_impl()
+        try:
+            super()._commit_impl()
+        except Exception:
+            # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended: the connection
+            # would go back into the pool with the file's write lock.
+            with contextlib.suppress(Exception):
+                self._rollback_impl()
+            raise
         for write in life.writes:
             write.over = True
         life.writes = ()

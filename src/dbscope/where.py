@@ -42,6 +42,14 @@ def _root(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+def _nobody() -> None: ...
+
+
+# Where no line of a user's led to something that has to have a place, as in a thread that was given SQLAlchemy's own
+# method to run.
+UNKNOWN: Place = (_nobody.__code__, -1)
+
+
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """The nearest frame of the user's at or above `frame`; in async code, across the greenlet's edge."""
     greenlet: Any = None
@@ -80,7 +88,7 @@ def here() -> Place | None:
 
 def line_of(place: Place | None) -> tuple[str, int]:
     """The file and the line number of a place."""
-    if place is None:
+    if place is None or place is UNKNOWN:
         return "<unknown>", 0
     code, instruction = place
     line = code.co_firstlineno
@@ -92,7 +100,7 @@ def line_of(place: Place | None) -> tuple[str, int]:
 
 def spell(place: Place | None) -> str:
     """A place as `orders.py:88`, relative to the working directory where that is shorter."""
-    if place is None:
+    if place is None or place is UNKNOWN:
         return "an unknown line"
     name, line = line_of(place)
     try:
