@@ -198,32 +198,32 @@ class Scope:
         Args:
             frame: who ends it.
             error: what the work failed with.
-            blocking: whether a transaction may be rolled back here; else all sessions have to be unused.
+            blocking: whether a transaction may be rolled back here; otherwise none may be open.
 
         Returns:
             whether that was all; otherwise nothing has happened.
         """
-        sessions = self._sessions
+        sessions = [*self._sessions.items()]
         lost = None
-        for source, session in [*sessions.items()]:
+        for source, session in sessions:
             if session is _Guests:
                 return False
             life: Lifecycle = session._dbscope
             if life.owner is not None or life.hooks:
                 return False
             if life.used:
-                if not blocking or source.is_async:
+                if (source.is_async or not blocking) and session.in_transaction():
                     return False
-                if error is None and (place := life.unsaved(session)) is not None:
+                if error is None and (place := _unsaved(session)) is not None:
                     lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
         self._sessions = _NO_SESSIONS
         end = End(self, "it ended", place_of(frame))
-        for session in sessions.values():
+        for _, session in sessions:
             if session._dbscope.ended is None:
                 session._dbscope.ended = end
         failure: BaseException | None = None
-        for session in sessions.values():
+        for _, session in sessions:
             life = session._dbscope
             if life.used:  # now or never: it was marked as ended before this look
                 try:
