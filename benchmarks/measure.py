@@ -18,7 +18,7 @@ from time import perf_counter, thread_time
 from typing import Any
 
 SLICE = 0.004  # seconds that one contender runs in one round
-WAITING_SLICE = 0.015  # the same where it waits for a server: the first trips find its caches cold
+SQL_SLICE = 0.02  # the same for rows with SQL: caches are cold, and code specialised to another's classes, at first
 
 
 class Missing(Exception):
@@ -56,6 +56,7 @@ class Row:
         target: the ratio that dbscope's contender should not exceed; None for a row without a promise.
         steps: for look-ups. So many are made each time the context is entered, and what entering costs is taken off:
             a tight loop would flatter a `ContextVar`, which remembers its value until the context is switched.
+        sql: it runs SQL.
         waits: it waits for a server or a disk, so that the clock on the wall counts; elsewhere the thread's time on
             the CPU does, which other processes disturb less.
     """
@@ -64,6 +65,7 @@ class Row:
     contenders: list[Contender]
     target: float | None = None
     steps: int = 0
+    sql: bool = False
     waits: bool = False
     note: str = ""
 
@@ -154,7 +156,7 @@ class _Slice:
         self.number = 1
         self._runner = runner
         self._steps = steps = row.steps
-        self._slice = WAITING_SLICE if row.waits else SLICE
+        self._slice = SQL_SLICE if row.sql else SLICE
         self._clock = perf_counter if row.waits else thread_time
         self._names = dict(names)
         self._do(contender.setup)

@@ -122,6 +122,8 @@ def setting(pinned: str) -> str:
     except ImportError:
         pass
     machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} CPUs, {pinned}"
+    if hasattr(os, "getloadavg"):
+        machine += f", load {os.getloadavg()[0]:.1f} before"  # how far rows that wait can be believed
     return f"{platform.python_implementation()} {platform.python_version()}, {', '.join(found)}; {machine}"
 
 

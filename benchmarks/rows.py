@@ -326,10 +326,16 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
             ),
             on_async_sqlite,
         ),
-        (Row("scope and SELECT, SQLite", selects(recipe=True), 1.10, note="BEGIN is explicit for all"), on_sqlite),
-        (Row("scope and SELECT, PostgreSQL", selects(), waits=True), server.sync),
-        (Row("block with an UPDATE, SQLite", updates(), waits=True, note="BEGIN IMMEDIATE for all"), on_sqlite),
-        (Row("block with an UPDATE, PostgreSQL", updates(), waits=True), server.sync),
+        (
+            Row("scope and SELECT, SQLite", selects(recipe=True), 1.10, sql=True, note="BEGIN is explicit for all"),
+            on_sqlite,
+        ),
+        (Row("scope and SELECT, PostgreSQL", selects(), sql=True, waits=True), server.sync),
+        (
+            Row("block with an UPDATE, SQLite", updates(), sql=True, waits=True, note="BEGIN IMMEDIATE for all"),
+            on_sqlite,
+        ),
+        (Row("block with an UPDATE, PostgreSQL", updates(), sql=True, waits=True), server.sync),
         (
             Row(
                 "scope, ORM get and commit, PostgreSQL, async",
@@ -362,6 +368,7 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                     ),
                 ],
                 0.95,
+                sql=True,
                 waits=True,
             ),
             server.asynchronous,
