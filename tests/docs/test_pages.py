@@ -22,13 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
-<<<<<<< HEAD
 # Pages whose examples are test files of a user's: tests/test_pytest_plugin.py runs them in suites of their own.
 SUITES = {"docs/how-to/tests.md"}
-=======
-# Pages that are being written; take each out when it is there.
-PENDING = {"how-to/tests.md"}
->>>>>>> 443360a (Add the page of the benchmarks: how they measure, what is reached and what is missed)
 
 
 class Example(NamedTuple):
