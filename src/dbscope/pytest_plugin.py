@@ -1,4 +1,4 @@
-"""Fixtures for pytest. Nothing happens, and nothing of dbscope is imported, until a test asks for one of them.
+"""Fixtures for pytest. Nothing happens, and `dbscope.testing` is not imported, until a test asks for one of them.
 
 `dbscope_databases` is yours to define; the others build on it, and serve sync databases. A sync fixture cannot await:
 for an async database write a fixture of two lines around `dbscope.testing.sandbox`, as the page on tests shows.
