@@ -118,3 +118,25 @@ async def test_a_task_of_its_own_may_wait_for_the_one_that_started_it(url):
         await task
         async with db.reader() as session:
             assert await session.scalar(text("SELECT balance FROM account")) == 11
+
+
+def test_waiting_behind_somebody_who_waits_for_the_outer_transaction_is_refused(url):
+    """A row's second waiter waits for the first, who waits for the outer transaction: that could never end either."""
+
+    def another():
+        with db.transaction() as session:
+            session.execute(text(ROW), {"amount": 100})
+
+    with Database(url) as db:
+        with db.transaction() as outer:
+            outer.execute(text(ROW), {"amount": 1})
+            thread = threading.Thread(target=another)
+            thread.start()
+            while not outer.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+                assert thread.is_alive()
+            with pytest.raises(SelfBlockedError):
+                with db.transaction(new=True) as inner:
+                    inner.execute(text(ROW), {"amount": 10})
+        thread.join()
+        with db.reader() as session:
+            assert session.scalar(text("SELECT balance FROM account")) == 101

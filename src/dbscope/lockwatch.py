@@ -39,6 +39,15 @@ def _ask(connection: Any, question: str) -> Any:
         cursor.close()
 
 
+# Whether a process waits for the one that is asked, be it by way of others: a row's second waiter waits for the first,
+# and only that one for whoever holds the lock.
+_WAITS_FOR_ME = """
+WITH RECURSIVE ahead (pid) AS (
+    SELECT unnest(pg_blocking_pids({}))
+    UNION SELECT unnest(pg_blocking_pids(pid)) FROM ahead
+) SELECT pg_backend_pid() IN (SELECT pid FROM ahead)"""
+
+
 class LockWatch:
     """Watches one statement of an independent transaction, from its start to `stop()`.
 
@@ -71,7 +80,7 @@ class LockWatch:
         yield FIRST
         while not self._over:
             for holder in self.holders:
-                if _ask(holder, f"SELECT pg_backend_pid() = ANY (pg_blocking_pids({self.backend}))") and not self._over:
+                if _ask(holder, _WAITS_FOR_ME.format(self.backend)) and not self._over:
                     self.blocked_by = holder
                     _ask(holder, f"SELECT pg_cancel_backend({self.backend})")
                     return
