@@ -156,7 +156,7 @@ class Scope:
             self._open(code, frame.f_lasti)
             return self
         self._outer = outer
-        self._code = code
+        self._code: CodeType | None = code
         self._instruction = frame.f_lasti
         self.since = _monotonic()
         self._state = _OPEN
@@ -304,7 +304,7 @@ class Scope:
         if outer is not None and outer._state is _ENDED:
             outer = outer._nearest_open()
         self._outer = outer
-        self._code: CodeType | None = code
+        self._code = code
         self._instruction = instruction
         self.since = _monotonic()
         self._state = _OPEN

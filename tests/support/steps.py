@@ -33,7 +33,7 @@ class Steps:
 
     def hand_over(self, step: Step[T]) -> T:
         """Run a step elsewhere, to its end."""
-        return self._other.submit(self._context.copy().run, drive, step).result()
+        return self._other.submit(self._context.copy().run, drive, step).result()  # type: ignore[no-any-return]  # as above
 
     def close(self) -> None:
         """No more steps."""
