@@ -240,6 +240,20 @@ async def test_transactions_8_a_plain_scopes_writes_are_a_transaction(kit: Kit, 
     assert len(seen) == 1
 
 
+@twice
+async def test_transactions_8_after_a_close_over_writes_no_transaction_is_open(kit: Kit) -> None:
+    """After a `close()` that dropped writes, `on_commit` runs at once: it belongs to no transaction any more."""
+    kit.database(uncommitted="off")
+    seen: list[str] = []
+    async with kit.scope():
+        await kit.done(kit.session().execute(write(1)))
+        await kit.done(kit.session().close())
+        kit.db.on_commit(seen.append, "at once")
+        kit.db.on_rollback(seen.append, "never")
+        assert seen == ["at once"]
+    assert seen == ["at once"]
+
+
 @pytest.mark.parametrize("how", ["rollback", "close", "error"])
 @twice
 async def test_transactions_8_a_plain_scopes_hooks_are_dropped_on_rollback(kit: Kit, how: str) -> None:

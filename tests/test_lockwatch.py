@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from dbscope import AsyncDatabase, Database, SelfBlockedError, lockwatch, scope
+from dbscope.lifecycle import life_of
 from tests.support import needs
 
 ROW = "UPDATE account SET balance = balance + :amount WHERE id = 1"
@@ -48,6 +49,19 @@ def test_the_part_of_a_fan_out_that_waits_for_its_caller_is_refused(url):
                 db.fan_out(part, [10])
         with db.reader() as session:
             assert session.scalar(text("SELECT balance FROM account")) == 0
+
+
+def test_nothing_is_watched_where_a_savepoint_ends(url):
+    """The end of a savepoint, which waits for no lock, leaves no watch behind that nobody would stop."""
+    with Database(url) as db:
+        with db.transaction() as outer:
+            outer.execute(text(ROW), {"amount": 1})
+            with db.transaction(new=True) as inner:
+                savepoint = inner.begin_nested()
+                inner.execute(text("INSERT INTO account VALUES (2, 0)"))
+                assert life_of(inner).watch is None
+                savepoint.rollback()
+                assert life_of(inner).watch is None
 
 
 def test_waiting_for_somebody_else_is_waited_for(url, monkeypatch):

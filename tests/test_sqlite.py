@@ -214,6 +214,63 @@ async def test_transactions_10_so_is_any_writing_scope_inside(kit: Kit) -> None:
     assert kit.amounts() == [3]
 
 
+@twice
+async def test_transactions_10_so_is_a_block_that_adopts_what_was_read(kit: Kit) -> None:
+    """A plain scope inside that has read and then opens a block is refused at once, and can go on reading."""
+    kit.database(connect_args={"timeout": 0})
+    async with kit.transaction() as outer:
+        await kit.done(outer.execute(write(1)))
+        async with kit.scope():
+            await kit.done(kit.session().execute(ALL))
+            with pytest.raises(SelfBlockedError):
+                async with kit.transaction():
+                    pass
+            assert list((await kit.done(kit.session().execute(ALL))).scalars()) == []
+    assert kit.amounts() == [1]
+
+
+@twice
+async def test_transactions_10_a_savepoint_undone_gives_no_lock_back(kit: Kit) -> None:
+    """SQLite keeps the write lock when the savepoint is rolled back in which it was taken: still refused at once."""
+    kit.database(connect_args={"timeout": 0})
+    async with kit.scope():
+        savepoint = await kit.done(kit.session().begin_nested())
+        await kit.done(kit.session().execute(write(1)))
+        await kit.done(savepoint.rollback())
+        with pytest.raises(SelfBlockedError):
+            async with kit.transaction(new=True) as inner:
+                await kit.done(inner.execute(write(2)))
+        await kit.done(kit.session().rollback())
+        async with kit.transaction(new=True) as inner:
+            await kit.done(inner.execute(write(3)))
+    assert kit.amounts() == [3]
+
+
+@pytest.mark.parametrize("handed_over", ["the outer's write", "the inner's write"])
+@twice
+async def test_transactions_10_work_that_was_handed_over_is_still_the_blocks(kit: Kit, handed_over: str) -> None:
+    """Refused at once also where one of the two writes was made by a thread or task that its block waited for."""
+    kit.database(connect_args={"timeout": 0})
+
+    async def send(session: Any, amount: int) -> None:
+        await kit.done(session.execute(write(amount)))
+
+    async with kit.transaction() as outer:
+        [failure] = [None] if handed_over == "the inner's write" else await kit.together(lambda: send(outer, 1))
+        assert failure is None
+        if handed_over == "the inner's write":
+            await send(outer, 1)
+            async with kit.transaction(new=True) as inner:
+                [failure] = await kit.together(lambda: send(inner, 2))
+        else:
+            with pytest.raises(SelfBlockedError) as caught:
+                async with kit.transaction(new=True) as inner:
+                    await send(inner, 2)
+            failure = caught.value
+    assert isinstance(failure, SelfBlockedError)
+    assert kit.amounts() == [1]
+
+
 def test_transactions_10_an_engine_of_the_users_is_protected_too(sync_kit: SyncKit) -> None:
     """On an engine that the user made, where BEGIN is the driver's, the second writer is refused as well."""
     engine = create_engine(sync_kit.url)

@@ -9,10 +9,10 @@ import gc
 import os
 import warnings
 from collections.abc import Coroutine, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import delete, insert, select, text, update
@@ -26,6 +26,15 @@ from tests.support.steps import Steps, steps_for
 EXAMPLES = int(os.environ.get("DBSCOPE_MACHINE_EXAMPLES", "0"))
 KEYS = range(1, 7)
 SEED = 1  # a row that is always there, for statements that have to fail
+
+
+DEPTH = 7
+KINDS = ["scope", "scope", "on-success", "required", "required", "nested", "nested", "new", "reader", "savepoint"]
+WRITES = [f"{how} {key}" for key in KEYS for how in ("orm", "core", "text", "delete")]
+ADDS = [f"add {key}" for key in KEYS]
+HOOKS = ["hook commit", "hook commit", "hook rollback"]
+A_FEW = st.lists(st.one_of(map(st.sampled_from, (["read"], WRITES, ADDS, HOOKS))), max_size=2)
+WORK = ["flush", *["read"] * 6, *WRITES, *ADDS]
 
 
 class Failure(Exception):
@@ -53,7 +62,29 @@ class World:
         return self.kit.database(connect_args=options)
 
     def rows(self) -> dict[int, int]:
-        return {key: value for key, value in self.outside.execute(select(Payment.id, Payment.amount)).all()}
+        return {row.id: row.amount for row in self.outside.execute(select(Payment.id, Payment.amount))}
+
+    def abandon(self) -> None:
+        """After a failure: close what is held, so that the next example does not wait for it."""
+
+        def invalidate() -> None:
+            for held in [*self.db.holders]:
+                life = held()
+                if life is not None and life.connection is not None:
+                    life.connection.invalidate()
+                    life.connection.close()
+            self.db.holders.clear()
+
+        async def abandon() -> None:
+            if self.kit.colour == "sync":
+                invalidate()
+            else:
+                from sqlalchemy.util import greenlet_spawn
+
+                await greenlet_spawn(invalidate)
+
+        self.steps.fresh()
+        self.steps.do(abandon())
 
     def close(self) -> None:
         async def dispose() -> None:
@@ -73,6 +104,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         world = self.world
+        if world.kit.checked_out():
+            world.abandon()
         world.outside.execute(delete(Payment))
         world.outside.execute(insert(Payment), {"id": SEED, "amount": 0})
         world.steps.fresh()
@@ -120,49 +153,61 @@ class Machine(RuleBasedStateMachine):
 
     # -- entering ------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.blocks) < 7)
-    @rule(on_success=st.booleans())
-    def enter_scope(self, on_success: bool) -> None:
-        errors = self.model.enter_scope(on_success=on_success)
+    @precondition(lambda self: len(self.blocks) < DEPTH)
+    @rule(blocks=st.lists(st.tuples(st.sampled_from(KINDS), A_FEW), min_size=1, max_size=3))
+    def enter(self, blocks: list[tuple[str, list[str]]]) -> None:
+        """Enter a few blocks, each in the one before, and do the first things in each."""
+        for kind, first in blocks:
+            depth = len(self.blocks)
+            getattr(self, f"enter_{kind.replace('-', '_')}")()
+            if len(self.blocks) <= depth:
+                return  # refused
+            if not self.work_in_it(first, elsewhere=False):
+                return  # it failed, and the error went out of the block
+
+    def enter_scope(self, commit: Literal["on-success"] | None = None) -> None:
+        errors = self.model.enter_scope(on_success=commit is not None)
 
         async def enter() -> None:
-            manager = self.kit.block(scope(commit="on-success" if on_success else None))
+            manager = self.kit.block(scope(commit=commit))
             await manager.__aenter__()
             self.blocks.append((manager, self.db.session()))
 
         self.step(enter(), errors)
 
-    @precondition(lambda self: len(self.blocks) < 7)
-    @rule(kind=st.sampled_from(["required", "required", "nested", "nested", "new"]))
-    def enter_transaction(self, kind: str) -> None:
-        options = {} if kind == "required" else {kind: True}
-        if self.model.stack and not self.model.can_write("main") and kind != "new":
+    def enter_on_success(self) -> None:
+        self.enter_scope("on-success")
+
+    def enter_required(self) -> None:
+        self.enter_transaction()
+
+    def enter_nested(self) -> None:
+        self.enter_transaction(nested=True)
+
+    def enter_new(self) -> None:
+        self.enter_block(self.kit.transaction(new=True), self.model.enter_transaction("main", new=True))
+
+    def enter_transaction(self, **options: bool) -> None:
+        if self.model.stack and not self.model.can_write("main"):
             return
-        self.enter(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
+        self.enter_block(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
 
-    @precondition(lambda self: len(self.blocks) < 7)
-    @rule()
     def enter_reader(self) -> None:
-        self.enter(self.kit.reader(), self.model.enter_reader())
+        self.enter_block(self.kit.reader(), self.model.enter_reader())
 
-    def enter(self, manager: Any, errors: Errors) -> None:
+    def enter_block(self, manager: Any, errors: Errors) -> None:
         async def enter() -> None:
             self.blocks.append((manager, await manager.__aenter__()))
 
         self.step(enter(), errors)
         self.leave_if_stuck()
 
-    @precondition(
-        lambda self: (
-            self.blocks
-            and len(self.blocks) < 7
-            and self.model.work.owner != "reader"
-            and self.model.work.doom is None
-            and (not self.model.work.pending or self.model.can_write("main"))
-        )
-    )
-    @rule()
     def enter_savepoint(self) -> None:
+        """The user's own `session.begin_nested()`."""
+        if not self.blocks or self.model.work.owner == "reader" or self.model.work.doom is not None:
+            return
+        if self.model.work.pending and not self.model.can_write("main"):
+            return
         errors = self.model.enter_savepoint("main")
 
         async def enter() -> None:
@@ -185,11 +230,13 @@ class Machine(RuleBasedStateMachine):
     def leave_blocks(self, count: int, *, failing: bool) -> None:
         error: Exception | None = Failure() if failing else None
         for _ in range(min(count, len(self.blocks))):
-            kind = self.model.top.kind
+            kind, closed = self.model.top.kind, self.model.top.closed
             errors = self.model.leave("main", failing=error is not None)
-            manager, session = self.blocks.pop()
-            leave = self.leave_savepoint(manager, error) if kind == "savepoint" else self.leave_block(manager, error)
-            came = self.world.steps.do(leave)
+            manager, _ = self.blocks.pop()
+            if kind != "savepoint":
+                came = self.world.steps.do(self.leave_block(manager, error))
+            else:  # there is nothing to leave where it went with its transaction
+                came = error if closed else self.world.steps.do(self.leave_savepoint(manager, error))
             if error is not None:
                 assert came is error, f"{came!r} came out instead of the user's error"
             elif errors:
@@ -211,9 +258,6 @@ class Machine(RuleBasedStateMachine):
 
     async def leave_savepoint(self, savepoint: Any, error: Exception | None) -> Exception | None:
         """Leave as a `with session.begin_nested()` of the user's does."""
-        sync = getattr(savepoint, "sync_transaction", savepoint)
-        if sync is None or sync.session is None:
-            return error  # it went with its transaction
         try:
             if error is None:
                 await self.done(savepoint.commit())
@@ -226,8 +270,31 @@ class Machine(RuleBasedStateMachine):
     # -- working -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.blocks)
-    @rule(elsewhere=st.booleans())
-    def read(self, elsewhere: bool) -> None:
+    @rule(what=st.sampled_from([*WORK, *WORK, *HOOKS, *HOOKS]), elsewhere=st.booleans())
+    def work(self, what: str, elsewhere: bool) -> None:
+        """Do something in the innermost block, or have it done by a thread or task that it is handed over to."""
+        self.work_in_it([what], elsewhere=elsewhere)
+
+    def work_in_it(self, steps: list[str], *, elsewhere: bool) -> bool:
+        """Do some things in a block; returns whether it is still open then."""
+        depth = len(self.blocks)
+        for step in steps:
+            how, _, detail = step.partition(" ")
+            if how == "hook":
+                self.hook(detail, elsewhere=elsewhere)
+            elif how == "read":
+                self.read(elsewhere=elsewhere)
+            elif how == "flush":
+                self.flush(elsewhere=elsewhere)
+            elif how == "add":
+                self.add(int(detail))
+            else:
+                self.write(int(detail), how, elsewhere=elsewhere)
+            if len(self.blocks) < depth:
+                return False
+        return True
+
+    def read(self, *, elsewhere: bool) -> None:
         user = self.user(elsewhere)
         if (self.model.work.pending or self.model.work.owner in ("block", "on-success")) and not self.model.can_write(
             user
@@ -237,21 +304,16 @@ class Machine(RuleBasedStateMachine):
 
         async def read() -> dict[int, int]:
             found = await self.done(self.session.execute(select(Payment.id, Payment.amount)))
-            return {key: value for key, value in found.all()}
+            return {row.id: row.amount for row in found}
 
         rows = self.step(read(), errors, elsewhere=elsewhere)
         assert errors or rows == self.model.view()
         self.leave_if_stuck()
 
-    @precondition(lambda self: self.blocks)
-    @rule(
-        key=st.sampled_from(KEYS),
-        how=st.sampled_from(["orm", "orm", "core", "text"]),
-        remove=st.sampled_from([False, False, False, True]),
-        elsewhere=st.booleans(),
-    )
-    def write(self, key: int, how: str, remove: bool, elsewhere: bool) -> None:
+    def write(self, key: int, how: str, *, elsewhere: bool) -> None:
         """Insert, update or delete a row, and send it at once."""
+        remove = how == "delete"
+        how = "orm" if remove else how
         user = self.user(elsewhere)
         if not self.model.free(key) or not self.model.can_write(user):
             return
@@ -295,11 +357,11 @@ class Machine(RuleBasedStateMachine):
                 words = "INSERT INTO payments (id, amount) VALUES (:key, :value)"
             await self.done(session.execute(text(words), {"key": key, **({} if value is None else {"value": value})}))
 
-    @precondition(lambda self: self.blocks and self.model.work.owner != "reader")
-    @rule(key=st.sampled_from(KEYS))
     def add(self, key: int) -> None:
         """Give the session a new object, and send nothing."""
         model = self.model
+        if model.work.owner == "reader":
+            return
         if not model.free(key) or not model.can_write("main") or model.work.stuck or model.work.doom is not None:
             return
         if key in model.view() or key in model.work.pending:
@@ -312,9 +374,7 @@ class Machine(RuleBasedStateMachine):
 
         self.step(add(), errors)
 
-    @precondition(lambda self: self.blocks)
-    @rule(elsewhere=st.booleans())
-    def flush(self, elsewhere: bool) -> None:
+    def flush(self, *, elsewhere: bool) -> None:
         user = self.user(elsewhere)
         if self.model.work.pending and not self.model.can_write(user):
             return
@@ -339,9 +399,16 @@ class Machine(RuleBasedStateMachine):
         self.leave_blocks(count, failing=True)
 
     @precondition(lambda self: self.blocks)
-    @rule(elsewhere=st.booleans())
-    def commit(self, elsewhere: bool) -> None:
-        """`session.commit()`: the user's own way in a plain scope, refused elsewhere."""
+    @rule(how=st.sampled_from(["commit", "commit", "rollback", "close"]), elsewhere=st.booleans(), then=A_FEW)
+    def end_by_hand(self, how: str, elsewhere: bool, then: list[str]) -> None:
+        """`session.commit()`, `.rollback()`, `.close()`: the user's own ways in a plain scope."""
+        depth = len(self.blocks)
+        getattr(self, how)(elsewhere=elsewhere)
+        if len(self.blocks) == depth:
+            self.work_in_it(then, elsewhere=False)
+
+    def commit(self, *, elsewhere: bool) -> None:
+        """Refused in a managed transaction."""
         user = self.user(elsewhere)
         if self.model.work.owner is None and (self.model.work.stuck or not self.model.can_write(user)):
             return
@@ -352,28 +419,29 @@ class Machine(RuleBasedStateMachine):
         self.step(commit(), self.model.commit(user), elsewhere=elsewhere)
         self.leave_if_stuck()
 
-    @precondition(lambda self: self.blocks)
-    @rule(elsewhere=st.booleans())
-    def rollback(self, elsewhere: bool) -> None:
-        """`session.rollback()`: the user's own way in a plain scope; it dooms a managed transaction."""
+    def rollback(self, *, elsewhere: bool) -> None:
+        """Dooms a managed transaction."""
 
         async def rollback() -> None:
             await self.done(self.session.rollback())
 
-        self.step(rollback(), self.model.rollback(), elsewhere=elsewhere)
+        self.step(rollback(), self.model.rollback(self.user(elsewhere)), elsewhere=elsewhere)
 
-    @precondition(lambda self: self.blocks)
-    @rule(elsewhere=st.booleans())
-    def close(self, elsewhere: bool) -> None:
-        """`session.close()`: resets in a plain scope, and waits for the owner's end elsewhere."""
+    def close(self, *, elsewhere: bool) -> None:
+        """Waits for the owner's end in a managed transaction."""
 
         async def close() -> None:
             await self.done(self.session.close())
 
-        self.step(close(), self.model.close(), elsewhere=elsewhere)
+        self.step(close(), self.model.close(self.user(elsewhere)), elsewhere=elsewhere)
 
-    @rule(outcome=st.sampled_from(["commit", "commit", "rollback"]), elsewhere=st.booleans())
-    def hook(self, outcome: Any, elsewhere: bool) -> None:
+    @precondition(lambda self: not self.blocks)
+    @rule(what=st.sampled_from(HOOKS), elsewhere=st.booleans())
+    def hook_outside(self, what: str, elsewhere: bool) -> None:
+        """Give a hook where no block is open."""
+        self.hook(what.partition(" ")[2], elsewhere=elsewhere)
+
+    def hook(self, outcome: Any, *, elsewhere: bool) -> None:
         number = self.model.hook(outcome)
 
         def fire() -> None:
@@ -411,15 +479,9 @@ class Machine(RuleBasedStateMachine):
                 return current_scope() is None
 
             assert self.world.steps.do(none_is_open())
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """After a failure: give back what the next example would wait for."""
-        while self.blocks:
-            manager, _ = self.blocks.pop()
-            if hasattr(manager, "__aexit__"):
-                self.world.steps.do(self.leave_block(manager, Failure()))
+        except BaseException:
+            self.world.abandon()
+            raise
 
 
 def run(kit: Kit, *, examples: int) -> None:
@@ -432,11 +494,16 @@ def run(kit: Kit, *, examples: int) -> None:
             settings=settings(
                 max_examples=EXAMPLES or examples,
                 stateful_step_count=20,
+                phases=[Phase.reuse, Phase.generate]
+                if os.environ.get("NOSHRINK")
+                else [Phase.reuse, Phase.generate, Phase.shrink],
                 deadline=None,
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             ),
         )
     finally:
+        world.abandon()
         world.close()
 
 
@@ -449,9 +516,9 @@ def _no_garbage() -> Iterator[None]:
 
 def test_any_mix_of_blocks_on_sqlite(kit: Kit) -> None:
     """Whatever is nested, fails or is handed over: what is saved, and which hooks run, is what the rules say."""
-    run(kit, examples=60)
+    run(kit, examples=600)
 
 
 def test_any_mix_of_blocks_on_postgresql(server_kit: Kit) -> None:
     """The same holds where several may write at the same time, each its own rows."""
-    run(server_kit, examples=25)
+    run(server_kit, examples=60)

@@ -189,7 +189,7 @@ class BaseDatabase:
             session = home.open(self)
             sync: Session = getattr(session, "sync_session", session)
             life = life_of(session)
-            if life.owner is not None or life.unsaved(sync) is not None:
+            if life.owner is not None or life.uncommitted(sync) is not None:
                 savepoint = sync.get_nested_transaction()
                 hook = Hook(call, outcome, savepoint, name=title(function), blocking=not self.is_async)
                 life.hooks += (hook,)

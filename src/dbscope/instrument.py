@@ -35,7 +35,7 @@ def before_statement(cursor: Any, statement: str, parameters: Any, context: Any)
         life = session._dbscope
         if what is not _READ or life.doom is not None:
             life.statement(session, what, statement)
-        if life.beside and life.watch is None:
+        if life.beside and life.watch is None and life.turn.locked():  # in a call of the session's, which ends it
             life.watch_locks(context.root_connection)
 
 

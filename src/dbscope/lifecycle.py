@@ -108,9 +108,10 @@ class Shared(Protocol):
 class Owner:
     """Who began a managed transaction, and so alone may end it: a block, or an on-success scope."""
 
-    __slots__ = ("immediate", "place", "reader", "title")
+    __slots__ = ("immediate", "place", "reader", "title", "worker")
 
     def __init__(self, title: str, place: Place | None, *, immediate: bool = False, reader: bool = False) -> None:
+        self.worker = worker()  # whose block it is: it ends no sooner than what the same one enters in it
         self.title = title
         self.place = place
         self.immediate = immediate
@@ -184,7 +185,7 @@ class Lifecycle:
         *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "broken", "close_waits", "committed"),
         *("connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
         *("read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user", "watch"),
-        "writes",
+        *("writes", "wrote"),
     )
 
     def __init__(self, home: Home | None, source: Source | None) -> None:
@@ -199,6 +200,7 @@ class Lifecycle:
         self.released = False
         self.doom: Doom | None = None
         self.writes: tuple[Write, ...] = ()
+        self.wrote = False  # be it undone to a savepoint: SQLite keeps the lock until the transaction ends
         self.hooks: tuple[Hook, ...] = ()
         self.dropped: Place | None = None  # the first write of a transaction that was closed without a commit
         self.undone: OverlapError | None = None  # what the next use raises: a sibling threw this transaction away
@@ -394,6 +396,7 @@ class Lifecycle:
             return
         write = Write(here(), savepoint, task)
         self.writes += (write,)
+        self.wrote = True
         if task is not None:
             _wrote.set((*(other for other in _wrote.get() if not other.over), write))
 
@@ -431,6 +434,7 @@ class Lifecycle:
         for write in self.writes:
             write.over = True
         self.writes = ()
+        self.wrote = False
         if self.owner is not None and not self.acting:
             self.doom = Doom("its transaction was rolled back", here(), None)
         self.taken = self.connection = self.backend = None
@@ -448,7 +452,7 @@ class Lifecycle:
         if home is None or source is None:
             return
         for life in home.outer_lives(source):
-            if life.taken is not None and (life.writes or (life.owner is not None and life.owner.immediate)):
+            if life.connection is not None and (life.wrote or (life.owner is not None and life.owner.immediate)):
                 held = life.writes[0].place if life.writes else life.taken
                 raise SelfBlockedError(
                     f"{home.describe()} writes to {source.name} at {spell(here())}, but the transaction around it has "
@@ -465,7 +469,7 @@ class Lifecycle:
         around = home.outer_lives(source)
         if not around:
             return
-        held = [life for life in around if life.taken is not None]
+        held = [life for life in around if life.connection is not None]
         if held and len(held) >= source.capacity():
             raise SelfBlockedError(
                 f"{home.describe()} needs a connection of {source.name} at {spell(here())}, but the pool's "
@@ -500,8 +504,10 @@ class Lifecycle:
 
     def unsaved(self, session: Session) -> Place | str | None:
         """What would be lost if the session closed now: the line of the first write, or what is pending."""
-        if self.dropped is not None:
-            return self.dropped
+        return self.dropped if self.dropped is not None else self.uncommitted(session)
+
+    def uncommitted(self, session: Session) -> Place | str | None:
+        """What the open transaction has that is not saved: the line of the first write, or what is pending."""
         if not session.in_transaction():
             return None
         if self.writes:
@@ -569,7 +575,7 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
                 )
             raise
         except (ConnectionError, gaierror) as error:  # asyncpg's, which SQLAlchemy lets through as it is
-            if life.taken is None and life.source is not None:
+            if life.connection is None and life.source is not None:
                 error.add_note(
                     f"No connection could be made to {life.source.name}. Is the server up, and the address right?"
                 )
@@ -808,7 +814,7 @@ def release(session: Session) -> None:
                 session.invalidate()  # never return a connection in an unknown state
                 raise
     finally:
-        if life.taken is not None:
+        if life.connection is not None:
             life.root_ended()  # where closing fails SQLAlchemy does not say so
         life.acting = False
         life.owner = None

@@ -412,16 +412,23 @@ class Scope:
         found: list[Lifecycle] = []
         scope: Scope | None = self._outer
         waits = getattr(self, "_joined", None) is not None
-        me = (worker(), on_behalf.get())
+        me = [worker(), on_behalf.get()]
+        if (mine := self._owner_of(source)) is not None:
+            me.append(mine.worker)  # this may have been handed over
         while scope is not None:
             session = scope._sessions.get(source)
             if session is not None:
                 life = life_of(session)
-                if waits or (life.user is not None and life.user in me):
+                owner = life.owner
+                if waits or (life.user is not None and life.user in me) or (owner is not None and owner.worker in me):
                     found.append(life)
             waits = waits or getattr(scope, "_joined", None) is not None
             scope = scope._outer
         return found
+
+    def _owner_of(self, source: Any) -> Owner | None:
+        session = self._sessions.get(source)
+        return None if session is None else life_of(session).owner
 
     def refuse_async(self, instead: str) -> None:
         """Raise if ending this scope needs an await, because it has async sessions that hold a connection."""
@@ -440,7 +447,7 @@ class Scope:
         count, scope = 0, cast("Scope | None", self)
         while scope is not None:
             session = scope._sessions.get(source)
-            if session is not None and life_of(session).taken is not None:
+            if session is not None and life_of(session).connection is not None:
                 count += 1
             if getattr(scope, "_joined", None) is source:
                 return count, True

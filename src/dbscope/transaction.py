@@ -144,9 +144,10 @@ class _Block(Generic[SessionT]):
             )
         life.refuse_sibling("transaction()")
         life.own(self._owner(frame))
-        if self._source.own_begin and life.taken is not None and life.shared is None:
-            life.acting = True
+        if self._source.own_begin and life.connection is not None and life.shared is None:
             try:
+                life.refuse_second_writer()
+                life.acting = True
                 yield OnSession(session, sqlite.restart)
             except BaseException:
                 life.disown()

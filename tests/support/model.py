@@ -72,7 +72,7 @@ class Work:
     @property
     def writes_alone(self) -> bool:
         """SQLite: whether others have to wait for this one."""
-        return self.connected and (any(level.wrote for level in self.levels) or self.owner in ("block", "on-success"))
+        return self.connected and (self.locked or self.owner in ("block", "on-success"))
 
     def touched(self) -> set[int]:
         return {key for level in self.levels for key in level.changes} | set(self.pending)
@@ -151,7 +151,11 @@ class Model:
             return False  # a read transaction whose snapshot is old cannot become a writing one
         if any(other.pending and not other.locked and other.snapshot is not None for other in others):
             return False  # committing here would do that to what is pending there
-        return not any(other.writes_alone and other.user != user for other in others)  # would wait
+        # Work that was handed over may not be what a transaction around it waits for: it would wait for that one.
+        me = {user} if work.owner is None else {user, "main"}
+        return all(
+            other.user in me or (other.owner is not None and "main" in me) for other in others if other.writes_alone
+        )
 
     def blocked(self, work: Work) -> bool:
         works = self.works()
@@ -166,12 +170,13 @@ class Model:
             return (RollbackOnlyError,)
         work.begun = work.connected = True
         work.user = user
-        if work.doom is not None:
-            return (RollbackOnlyError,)
+        immediate = work.owner in ("block", "on-success")
+        waits = (write or (immediate and not work.locked)) and self.blocked(work)
+        if work.doom is not None:  # where the savepoint is still to be set, that is refused first
+            return (RollbackOnlyError, SelfBlockedError) if waits and len(work.levels) > 1 else (RollbackOnlyError,)
         if write and work.owner == "reader":
             return (ReadOnlyError,)
-        immediate = work.owner in ("block", "on-success")
-        if (write or (immediate and not work.locked)) and self.blocked(work):
+        if waits:
             return (SelfBlockedError,)
         if self.one_writer:
             work.locked = work.locked or write or immediate
@@ -182,6 +187,7 @@ class Model:
         return FINE
 
     def flush(self, user: object) -> Errors:
+        self.work.user = user
         return self._flush(self.work, user)
 
     def _flush(self, work: Work, user: object) -> Errors:
@@ -198,9 +204,11 @@ class Model:
         return errors
 
     def read(self, user: object) -> Errors:
+        self.work.user = user
         return self._flush(self.work, user) or self._sql(self.work, user, write=False)
 
     def write(self, key: int, value: int | None, user: object, *, by_flush: bool) -> Errors:
+        self.work.user = user
         errors = self._flush(self.work, user)
         if errors:
             return errors
@@ -237,6 +245,7 @@ class Model:
 
     def commit(self, user: object) -> Errors:
         work = self.work
+        work.user = user
         if work.owner is not None:
             return (ReadOnlyError,) if work.owner == "reader" else (NotTheOwnerError,)
         errors = self._flush(work, user)
@@ -246,8 +255,9 @@ class Model:
             self._fire(work, "commit")
         return errors
 
-    def rollback(self) -> Errors:
+    def rollback(self, user: object) -> Errors:
         work = self.work
+        work.user = user
         if not work.begun:
             return FINE
         self._undo(work)
@@ -257,8 +267,9 @@ class Model:
             work.doom = 0
         return FINE
 
-    def close(self) -> Errors:
+    def close(self, user: object) -> Errors:
         work = self.work
+        work.user = user
         if work.owner is not None or not work.begun:
             return FINE
         work.closed_over = work.closed_over or work.uncommitted
