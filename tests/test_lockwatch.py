@@ -6,7 +6,8 @@ import threading
 import pytest
 from sqlalchemy import text
 
-from dbscope import AsyncDatabase, Database, SelfBlockedError, lockwatch, scope
+import dbscope
+from dbscope import Database, SelfBlockedError, lockwatch, scope
 from dbscope.lifecycle import life_of
 from tests.support import needs
 
@@ -100,7 +101,7 @@ def test_waiting_for_somebody_else_is_waited_for(url, monkeypatch):
 async def test_waiting_for_the_row_of_the_outer_transaction_is_refused_async(url, driver):
     """The same on a loop, where the outer's connection is asked by a task."""
     needs.module(driver, extra="asyncpg" if driver == "asyncpg" else "postgresql")
-    async with AsyncDatabase(url.replace("psycopg", driver)) as db:
+    async with dbscope.AsyncDatabase(url.replace("psycopg", driver)) as db:
         async with db.transaction() as outer:
             await outer.execute(text(ROW), {"amount": 1})
             with pytest.raises(SelfBlockedError, match=r"held since .*test_lockwatch.py"):
@@ -114,7 +115,7 @@ async def test_waiting_for_the_row_of_the_outer_transaction_is_refused_async(url
 async def test_a_task_of_its_own_may_wait_for_the_one_that_started_it(url):
     """A task that nobody waits for is no part of the work that started it: it waits until that commits."""
     needs.module("asyncpg", extra="asyncpg")
-    async with AsyncDatabase(url.replace("psycopg", "asyncpg")) as db:
+    async with dbscope.AsyncDatabase(url.replace("psycopg", "asyncpg")) as db:
 
         async def background():
             async with scope("background"), db.transaction() as session:
