@@ -67,11 +67,13 @@ class Kit:
         self.url = make_url(url)
         self.databases: list[Any] = []
         self._own: Any = None
+        self._making = threading.RLock()  # several threads of a test may ask at once
 
-    @functools.cached_property
+    @property
     def db(self) -> Any:
         """The test's database, made when it is first needed; `database(…)` without a target, before, decides how."""
-        return self._own or self.database()
+        with self._making:
+            return self._own or self.database()
 
     @functools.cached_property
     def outside(self) -> Engine:
