@@ -102,6 +102,7 @@ def test_bad_input_an_engine_or_maker_of_the_other_colour() -> None:
             dbscope.AsyncDatabase(sync_target)  # type: ignore[call-overload]
     with engine.connect() as connection, pytest.raises(ConfigurationError, match="takes a URL, an engine"):
         Database(connection)  # type: ignore[call-overload]
+    engine.dispose()  # its pool would keep the connection open
 
 
 @COLOURS

@@ -1,6 +1,7 @@
 """Databases: what they are made from, their sessions, several side by side, and their end."""
 
 import gc
+import re
 import sqlite3
 from typing import Any
 
@@ -289,6 +290,34 @@ async def test_failure_35_a_scope_goes_on_after_a_lost_connection(server_kit: Ki
         async with kit.transaction() as session:
             session.add(Payment(amount=1))
     assert kit.amounts() == [1]
+
+
+@twice
+async def test_failure_35_a_lost_connections_age_is_told(server_kit: Kit) -> None:
+    """FAILURES 35: the error of a connection that died in the middle says which line took it, and how long ago."""
+    from sqlalchemy.exc import DBAPIError
+
+    kit = server_kit
+    with pytest.raises(DBAPIError) as caught:
+        async with kit.transaction() as session:
+            await terminate(kit, session)
+            await kit.done(session.execute(ALL))
+    assert re.search(r"It was taken at tests/test_database.py:\d+, \d+\.\d s ago", "".join(caught.value.__notes__))
+
+
+@twice
+async def test_failure_26_a_loop_sees_what_others_commit(server_kit: Kit) -> None:
+    """FAILURES 26: with a scope for each pass, polling under REPEATABLE READ sees each new row, as one would hope."""
+    kit = server_kit
+    kit.database(isolation_level="REPEATABLE READ")
+    seen: list[int] = []
+    for amount in range(3):
+        async with kit.scope("a pass"):
+            seen.append(len((await kit.done(kit.session().execute(ALL))).all()))
+            with kit.outside.begin() as connection:
+                connection.execute(insert(Payment).values(amount=amount))
+            assert len((await kit.done(kit.session().execute(ALL))).all()) == seen[-1]  # one snapshot each
+    assert seen == [0, 1, 2]
 
 
 @twice

@@ -146,6 +146,9 @@ async def test_scopes_6_the_limit_counts(kit):
         most.append(len(running))
         if kit.colour == "async":
             await others_had_their_turn(kit, kit.db, running)
+        else:
+            for _ in range(2000):
+                os.sched_yield()
         running.remove(item)
 
     await fanning(kit, part, range(5), limit=1)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import re
+import threading
 
 import pytest
 from sqlalchemy import text
@@ -51,6 +52,24 @@ def test_scopes_3_a_stack_and_a_transaction_in_a_generator_are_refused_too(sync_
             list(function())
     assert current_scope() is None
     assert sync_kit.checked_out() == 0
+
+
+async def test_scopes_3_a_plain_generator_is_refused_in_a_worker_thread_too(sync_kit):
+    """Who drives a plain generator by hand is a loop, in whichever thread."""
+    with pytest.raises(ScopeMisuseError, match=r"in the frame of generator rows\(\)"):
+        await asyncio.to_thread(next, rows(sync_kit))
+
+
+def test_scopes_3_the_first_frame_of_a_greenlet(sync_kit):
+    """Above the first frame of a greenlet, such as gevent's, stands nobody: it is refused or allowed as elsewhere."""
+    greenlet = needs.module("greenlet", extra="async").greenlet
+    with pytest.raises(ScopeMisuseError, match=r"in the frame of generator rows\(\)"):
+        greenlet(next).switch(rows(sync_kit))
+    with contextlib.ExitStack() as stack:
+        assert greenlet(stack.enter_context).switch(scope("work")).name == "work"
+    manager = contextlib.contextmanager(rows)(sync_kit)
+    assert greenlet(manager.__enter__).switch() == 1
+    manager.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("driver", ["async for", "anext", "task"])
@@ -285,7 +304,8 @@ def test_scopes_3_a_fixture_of_anyio(async_kit, tmp_path):
 
     needs.module("anyio", extra="async")
     (tmp_path / "test_it.py").write_text(ANYIO)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:asyncio", "-W", "error", "test_it.py"]
+    unneeded = [f"-pno:{name}" for name in ("cacheprovider", "xdist", "asyncio", "hypothesispytest")]
+    options = ["-q", *unneeded, "-W", "error", "test_it.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
@@ -325,6 +345,44 @@ async def test_scopes_3_a_sync_dependency_is_told_of_the_middleware(sync_kit, ru
         with pytest.raises(ScopeMisuseError, match=r"dbscope\.integrations\.asgi\.ScopeMiddleware") as caught:
             await stack.enter_async_context(contextmanager_in_threadpool(manager, run_sync))
     assert "async def" in str(caught.value)
+    assert current_scope() is None
+
+
+def dependency():
+    """A dependency that opens a scope."""
+    with scope("request"):
+        yield
+
+
+async def test_scopes_3_a_sync_dependency_in_the_loops_executor_is_told_too():
+    """The same in a thread of asyncio's own."""
+    manager = contextlib.contextmanager(dependency)()
+    with pytest.raises(ScopeMisuseError, match="ScopeMiddleware"):
+        await asyncio.to_thread(manager.__enter__)
+
+
+def test_scopes_3_a_sync_dependency_in_a_bare_thread_is_told_too(monkeypatch):
+    """And in a thread that was made for it."""
+    caught = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_value))
+    thread = threading.Thread(target=contextlib.contextmanager(dependency)().__enter__)
+    thread.start()
+    thread.join()
+    assert isinstance(caught[0], ScopeMisuseError)
+    assert "ScopeMiddleware" in str(caught[0])
+
+
+def test_scopes_3_an_async_context_manager_may_be_entered_by_anyio_itself():
+    """What is refused in a worker thread, which copies the context, is allowed in a task, which has its own."""
+    anyio = needs.module("anyio", extra="async")
+
+    @contextlib.asynccontextmanager
+    async def service():
+        async with scope("service") as work:
+            yield work
+
+    manager = service()
+    assert anyio.run(manager.__aenter__).name == "service"  # the loop's end closes the generator
     assert current_scope() is None
 
 

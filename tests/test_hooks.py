@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text
+from sqlalchemy import event, insert, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.util import await_only
 
-from dbscope import ConfigurationError, RollbackOnlyError, current_scope
+from dbscope import ConfigurationError, NoTransactionError, RollbackOnlyError, current_scope
 from tests.support.kits import AsyncKit, Kit, Payment, SyncKit, twice
+
+LIMIT = 30  # seconds, for what happens at once
 
 
 def write(amount: int) -> Any:
@@ -433,6 +437,179 @@ async def test_transactions_8_an_async_hook_outside_of_a_transaction(async_kit: 
     assert seen == ["done", "plain", "done"]
 
 
+async def _cancelled_in_a_hook(work: Callable[[Callable[[], Any]], Any]) -> asyncio.Task[Any]:
+    """Run `work`, which gives the hook it is handed to a transaction, and cancel it while that hook waits."""
+    reached = asyncio.Event()
+
+    async def waits() -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(work(waits))
+    await asyncio.wait_for(reached.wait(), LIMIT)
+    task.cancel()
+    await asyncio.wait({task}, timeout=LIMIT)
+    return task
+
+
+async def test_transactions_8_a_cancel_ends_one_hook_and_stops_no_other(async_kit: AsyncKit) -> None:
+    """What follows from a commit does not depend on the moment of a cancel, which comes out after the last hook."""
+    seen: list[str] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        seen.append("later")
+
+    async def work(waits: Callable[[], Any]) -> None:
+        async with async_kit.db.transaction() as session:
+            session.add(Payment(amount=1))
+            async_kit.db.on_commit(waits)
+            async_kit.db.on_commit(later)
+
+    task = await _cancelled_in_a_hook(work)
+    assert task.cancelled()
+    assert seen == ["later"]
+    assert async_kit.amounts() == [1]
+
+
+async def test_transactions_8_a_cancelled_hook_is_on_top_of_a_failing_one(async_kit: AsyncKit) -> None:
+    """Where one hook was cancelled and a later one fails, the cancel comes out, and the error is a note of its."""
+
+    def fail() -> None:
+        raise ValueError("mail")
+
+    async def work(waits: Callable[[], Any]) -> None:
+        async with async_kit.db.transaction() as session:
+            session.add(Payment(amount=1))
+            async_kit.db.on_commit(waits)
+            async_kit.db.on_commit(fail)
+
+    task = await _cancelled_in_a_hook(work)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert "ValueError('mail')" in "".join(caught.value.__notes__)
+    assert async_kit.amounts() == [1]
+
+
+@twice
+async def test_transactions_8_a_hook_that_ends_as_cancelled_stops_no_other(kit: Kit) -> None:
+    """A hook that waited for something cancelled ends so itself: the others run, and it comes out."""
+    seen: list[str] = []
+
+    def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        async with kit.transaction() as session:
+            session.add(Payment(amount=1))
+            kit.db.on_commit(cancelled)
+            kit.db.on_commit(seen.append, "later")
+    assert seen == ["later"]
+    assert kit.amounts() == [1]
+
+
+async def test_transactions_9_a_cancel_ends_a_commit_that_waits(async_kit: AsyncKit) -> None:
+    """A cancel reaches the commit under way, which may wait for long; a second one ends none of the hooks."""
+    committing, hooked, go = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    seen: list[str] = []
+
+    async def hook() -> None:
+        hooked.set()
+        await go.wait()
+        seen.append("rolled back")
+
+    async def work() -> None:
+        async with async_kit.db.transaction() as session:
+            session.add(Payment(amount=1))
+            async_kit.db.on_rollback(hook)
+            event.listen(session.sync_session, "before_commit", waits)
+
+    def waits(_: Any) -> None:
+        committing.set()
+        await_only(asyncio.Event().wait())
+
+    task = asyncio.ensure_future(work())
+    await asyncio.wait_for(committing.wait(), LIMIT)
+    task.cancel()
+    await asyncio.wait_for(hooked.wait(), LIMIT)
+    task.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.wait({task}, timeout=LIMIT)
+    assert task.cancelled()
+    assert seen == ["rolled back"]
+    assert async_kit.amounts() == []
+
+
+async def test_transactions_9_a_cancel_ends_no_rollback(async_kit: AsyncKit) -> None:
+    """A cancel while the block's failure is cleaned up waits for that, and the failure is what comes out."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    seen: list[str] = []
+
+    def waits(_: Any) -> None:
+        begun.set()
+        await_only(go.wait())
+        seen.append("rolled back")
+
+    async def work() -> None:
+        async with async_kit.db.transaction() as session:
+            await session.execute(write(1))
+            event.listen(session.sync_session, "after_transaction_end", lambda session, _: waits(session))
+            raise KeyError
+
+    task = asyncio.ensure_future(work())
+    await asyncio.wait_for(begun.wait(), LIMIT)
+    task.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.wait({task}, timeout=LIMIT)
+    assert isinstance(task.exception(), KeyError)
+    assert seen == ["rolled back"]
+
+
+async def test_transactions_9_a_cancel_in_a_rollback_hook_hides_no_error(async_kit: AsyncKit) -> None:
+    """The block failed, and then the task is cancelled while the hooks run: the failure is what comes out."""
+
+    async def work(waits: Callable[[], Any]) -> None:
+        async with async_kit.db.transaction() as session:
+            await session.execute(write(1))
+            async_kit.db.on_rollback(waits)
+            raise KeyError
+
+    assert isinstance((await _cancelled_in_a_hook(work)).exception(), KeyError)
+
+
+async def test_transactions_9_a_cancel_hides_no_failed_commit(async_kit: AsyncKit) -> None:
+    """The commit failed, and then the task is cancelled while the hooks run: the failure is what comes out."""
+
+    async def work(waits: Callable[[], Any]) -> None:
+        async with async_kit.db.transaction() as session:
+            session.add(Payment(amount=1))
+            async_kit.db.on_rollback(waits)
+            event.listen(session.sync_session, "before_commit", fail)
+
+    def fail(_: Any) -> None:
+        raise ZeroDivisionError
+
+    task = await _cancelled_in_a_hook(work)
+    assert isinstance(task.exception(), ZeroDivisionError)
+    assert async_kit.amounts() == []
+
+
+@twice
+async def test_transactions_8_a_failing_rollback_hook_hides_no_failed_commit(kit: Kit) -> None:
+    """Where the commit failed, its error is what is raised; the hook's is noted on it."""
+
+    def fail() -> None:
+        raise ValueError("mail")
+
+    with pytest.raises(IntegrityError) as caught:
+        async with kit.transaction() as session:
+            kit.db.on_rollback(fail)
+            session.add(Payment(account_id=7))
+    assert "ValueError('mail')" in "".join(caught.value.__notes__)
+
+
 def test_transactions_8_coroutine_functions_are_refused_on_a_sync_database(sync_kit: SyncKit) -> None:
     """A sync database has no loop to await a coroutine function on, and says so when the hook is given."""
 
@@ -474,3 +651,147 @@ async def test_transactions_8_a_sync_databases_hook_never_blocks_the_loop(tmp_pa
     assert seen == [False]
     assert kit.amounts() == [1, 2]
     db.dispose()
+
+
+# -- before the commit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["block", "block in a scope", "on-success scope"])
+@twice
+async def test_transactions_8_before_commit_is_a_part_of_the_transaction(kit: Kit, where: str) -> None:
+    """`before_commit` hooks run in their order, with what they give themselves, and what they write is committed."""
+    seen: list[str] = []
+
+    def check(name: str, *, more: bool = False) -> None:
+        seen.append(f"{name}: {len(kit.amounts())} committed")
+        kit.session().add(Payment(amount=len(seen)))
+        if more:
+            kit.db.before_commit(check, "given by a hook")
+
+    around = kit.scope(commit="on-success" if where == "on-success scope" else None)
+    async with around if "scope" in where else kit.block(_Nothing()):
+        async with kit.block(_Nothing()) if where == "on-success scope" else kit.transaction():
+            kit.session()
+            kit.db.before_commit(check, "first", more=True)
+            kit.db.before_commit(check, "second")
+            kit.db.on_commit(lambda: seen.append("committed"))
+            assert seen == []
+    assert seen == ["first: 0 committed", "second: 0 committed", "given by a hook: 0 committed", "committed"]
+    assert kit.amounts() == [1, 2, 3]
+
+
+@twice
+async def test_transactions_8_a_failing_before_commit_rolls_back(kit: Kit) -> None:
+    """Its error comes out, nothing is committed, no later one runs, and `on_rollback` hooks do."""
+    seen: list[str] = []
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with kit.transaction() as session:
+            session.add(Payment(amount=1))
+            kit.db.before_commit(fail)
+            kit.db.before_commit(seen.append, "never")
+            kit.db.on_rollback(seen.append, "rolled back")
+    assert seen == ["rolled back"]
+    assert kit.amounts() == []
+    assert kit.checked_out() == 0
+
+
+@twice
+async def test_transactions_8_before_commit_knows_savepoints_and_rollbacks(kit: Kit) -> None:
+    """One that was given in a savepoint goes with it; none runs before a rollback, asked for or not."""
+    seen: list[str] = []
+    async with kit.transaction():
+        with pytest.raises(KeyError):
+            async with kit.transaction(nested=True) as session:
+                await kit.done(session.execute(write(1)))
+                kit.db.before_commit(seen.append, "never")
+                raise KeyError
+        async with kit.transaction(nested=True) as session:
+            await kit.done(session.execute(write(2)))
+            kit.db.before_commit(seen.append, "of a savepoint that was kept")
+    assert seen == ["of a savepoint that was kept"]
+    async with kit.transaction():
+        kit.db.before_commit(seen.append, "never")
+        kit.db.set_rollback_only()
+    with pytest.raises(KeyError):
+        async with kit.transaction():
+            kit.db.before_commit(seen.append, "never")
+            raise KeyError
+    async with kit.transaction() as session:
+        session.add(Payment(amount=3))
+        kit.db.before_commit(kit.db.set_rollback_only)
+    assert seen == ["of a savepoint that was kept"]
+    assert kit.amounts() == [2]
+
+
+@twice
+async def test_transactions_8_a_doom_in_before_commit_is_the_end(kit: Kit) -> None:
+    """A hook may refuse the commit, and the hooks after it do not run."""
+    seen: list[str] = []
+    with pytest.raises(RollbackOnlyError, match="the books do not balance"):
+        async with kit.transaction() as session:
+            session.add(Payment(amount=1))
+            kit.db.before_commit(kit.db.doom, "the books do not balance")
+            kit.db.before_commit(seen.append, "never")
+    assert seen == []
+    assert kit.amounts() == []
+
+
+@twice
+async def test_transactions_8_before_commit_needs_a_transaction(kit: Kit) -> None:
+    """Outside of a managed transaction there is no commit of dbscope's to come before."""
+    async with kit.scope():
+        kit.session().add(Payment(amount=1))
+        with pytest.raises(NoTransactionError, match=r"before_commit\(\) was called at .*test_hooks.py"):
+            kit.db.before_commit(print)
+        await kit.done(kit.session().rollback())
+
+
+async def test_transactions_8_an_async_hook_before_the_commit(async_kit: AsyncKit) -> None:
+    """A coroutine function is awaited before the commit, and may await the database."""
+
+    async def check() -> None:
+        await async_kit.session().execute(write(2))
+
+    async with async_kit.transaction() as session:
+        session.add(Payment(amount=1))
+        async_kit.db.before_commit(check)
+    assert async_kit.amounts() == [1, 2]
+
+
+@twice
+async def test_transactions_8_a_robust_hook_is_worth_no_error(kit: Kit, caplog: Any) -> None:
+    """The error of a hook with `robust=True` is logged, with its name, and not raised; within a transaction or not."""
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    async with kit.transaction() as session:
+        session.add(Payment(amount=1))
+        kit.db.on_commit(fail, robust=True)
+    [record] = caplog.records
+    assert "fail" in record.getMessage()
+    assert record.exc_info[0] is ZeroDivisionError
+    kit.db.on_commit(fail, robust=True)
+    assert len(caplog.records) == 2
+    with pytest.raises(KeyError):
+        async with kit.transaction():
+            kit.db.on_rollback(fail, robust=True)
+            raise KeyError
+    assert len(caplog.records) == 3
+
+
+async def test_transactions_8_a_robust_coroutine_function(async_kit: AsyncKit, caplog: Any) -> None:
+    """The same for a hook that is awaited."""
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    async with async_kit.transaction() as session:
+        session.add(Payment(amount=1))
+        async_kit.db.on_commit(fail, robust=True)
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]

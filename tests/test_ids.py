@@ -15,6 +15,7 @@ from dbscope import (
     begin_scope,
     current_scope,
     end_scope,
+    scope,
 )
 from dbscope.ids import _open
 from tests.support.kits import LIMIT, Payment, twice
@@ -208,6 +209,27 @@ async def test_ids_ended_from_another_loop_on_the_owning_loop(async_kit):
     await asyncio.to_thread(lambda: asyncio.run(aend_scope("request")))
     assert async_kit.checked_out() == 0
     assert async_kit.count() == 1
+
+
+@pytest.mark.parametrize("how", ["thread", "loop"])
+async def test_ids_ended_from_elsewhere_with_an_error(async_kit, how):
+    """The owning loop is told what the work failed with; and whoever ended it is in the scope around it again."""
+    error = KeyError()
+
+    async def aend():
+        await aend_scope("request", error)
+        return current_scope()
+
+    def end():
+        end_scope("request", error)
+        return current_scope()
+
+    async with scope("outer") as outer:
+        begin_scope("request", commit="on-success")
+        async_kit.session().add(Payment())
+        await async_kit.session().flush()
+        assert await asyncio.to_thread(end if how == "thread" else lambda: asyncio.run(aend())) is outer
+    assert async_kit.count() == 0
 
 
 def test_ids_ended_after_its_loop(tmp_path):

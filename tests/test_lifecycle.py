@@ -20,6 +20,7 @@ from dbscope import (
     UncommittedWrites,
     scope,
 )
+from dbscope.lifecycle import life_of
 from tests.support.kits import AsyncKit, Kit, Payment, SyncKit, make_kit, twice
 
 ALL = select(Payment.amount).order_by(Payment.amount)
@@ -190,10 +191,11 @@ async def test_scopes_7_a_flush_that_fails_commits_nothing_anywhere(kit: Kit, tm
     one, two = kit.db, kit.file(tmp_path / "two.db")
     async with kit.transaction(two) as session:
         session.add(Payment(id=1))
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError) as caught:
         async with kit.scope(commit="on-success"):
             kit.session(one).add(Payment(amount=1))
             kit.session(two).add(Payment(id=1))
+    assert not any("nobody committed" in note for note in getattr(caught.value, "__notes__", ()))  # the scope tried
     assert kit.amounts() == []
 
 
@@ -578,6 +580,36 @@ async def test_scopes_9_a_refused_commit_leaves_no_transaction_in_the_pool(kit: 
         connection.rollback()
 
 
+@twice
+async def test_scopes_9_a_refused_commit_is_told_although_its_rollback_fails(kit: Kit) -> None:
+    """Where the rollback after a COMMIT that failed fails too, the first error is the one that comes out."""
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+    def fail_too(_: Any) -> None:
+        raise ZeroDivisionError
+
+    engine = getattr(kit.db.engine, "sync_engine", kit.db.engine)
+    event.listen(engine, "commit", fail)
+    event.listen(engine, "rollback", fail_too, once=True)
+    with pytest.raises(RuntimeError, match="disk"):
+        async with kit.scope(commit="on-success"):
+            kit.session().add(Payment())
+    assert kit.checked_out() == 0
+
+
+def test_transactions_10_a_savepoint_takes_no_connection(sync_kit: SyncKit) -> None:
+    """Errors that name the line which took a connection do not name a savepoint's."""
+    with scope():
+        session = sync_kit.session()
+        session.scalar(text("SELECT 1"))
+        taken = life_of(session).taken
+        with session.begin_nested():
+            session.scalar(text("SELECT 2"))
+        assert life_of(session).taken == taken
+
+
 def test_scopes_3_a_connection_is_held_where_no_line_of_the_users_took_it(sync_kit: SyncKit) -> None:
     """A thread that was given SQLAlchemy's own method has no line to name, and holds the write lock all the same."""
     with sync_kit.db.transaction() as session:
@@ -589,3 +621,13 @@ def test_scopes_3_a_connection_is_held_where_no_line_of_the_users_took_it(sync_k
             with sync_kit.db.transaction(new=True) as second:
                 second.execute(write(2))
     assert sync_kit.amounts() == [1]
+
+
+def test_scopes_8_a_write_is_reported_where_no_line_of_the_users_sent_it(sync_kit: SyncKit) -> None:
+    """What a thread wrote that was given SQLAlchemy's own method is not dropped in silence."""
+    with pytest.warns(UncommittedWrites, match="an unknown line"):  # noqa: PT031
+        with scope():
+            thread = threading.Thread(target=sync_kit.session().execute, args=[write(1)])
+            thread.start()
+            thread.join()
+    assert sync_kit.amounts() == []

@@ -68,7 +68,7 @@ def test_nothing_is_watched_where_a_savepoint_ends(url):
 def test_waiting_for_somebody_else_is_waited_for(url, monkeypatch):
     """A lock that another work holds is waited for as ever, although the outer transaction was asked meanwhile."""
     asked = threading.Event()
-    ask = lockwatch._ask
+    ask = lockwatch.ask
 
     def watched(connection, question):
         answer = ask(connection, question)
@@ -76,7 +76,7 @@ def test_waiting_for_somebody_else_is_waited_for(url, monkeypatch):
             asked.set()
         return answer
 
-    monkeypatch.setattr(lockwatch, "_ask", watched)
+    monkeypatch.setattr(lockwatch, "ask", watched)
     with Database(url) as db:
         holder = db.new_session()
         holder.execute(text(ROW), {"amount": 100})

@@ -136,6 +136,61 @@ async def test_scopes_10_cancelled_meanwhile(sync_kit, at, times):
         session.add(Payment())
 
 
+@pytest.mark.parametrize("times", [1, 3])
+async def test_transactions_9_a_cancel_does_not_hide_what_a_thread_committed(sync_kit, times):
+    """A COMMIT in a thread cannot be cancelled: where it succeeds, the hooks of a commit run before the cancel."""
+    begun, go = held_up(sync_kit)
+    hooks = []
+
+    def fail():
+        raise ValueError("mail")
+
+    async def request():
+        async with scope(commit="on-success"):
+            sync_kit.session().add(Payment())
+            sync_kit.db.on_commit(hooks.append, "committed")
+            sync_kit.db.on_commit(fail)
+            sync_kit.db.on_rollback(hooks.append, "rolled back")
+
+    task = asyncio.create_task(request())
+    await until(begun)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert "ValueError('mail')" in "".join(caught.value.__notes__)
+    assert sync_kit.count() == 1
+    assert hooks == ["committed"]
+
+
+async def test_transactions_9_a_cancel_while_a_hook_runs_in_a_thread(sync_kit):
+    """A hook in a thread cannot be cancelled either: it and the next come to their end, and then the cancel."""
+    begun, go = threading.Event(), threading.Event()
+    hooks = []
+
+    def hook():
+        begun.set()
+        assert go.wait(LIMIT)
+        hooks.append("first")
+
+    async def request():
+        async with scope(commit="on-success"):
+            sync_kit.session().add(Payment())
+            sync_kit.db.on_commit(hook)
+            sync_kit.db.on_commit(hooks.append, "second")
+
+    task = asyncio.create_task(request())
+    await until(begun)
+    task.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert hooks == ["first", "second"]
+
+
 async def test_scopes_10_cancelled_by_anyio(async_kit, sync_kit):
     """AnyIO cancels at every await, until the block is left: sync and async sessions are given back all the same."""
     anyio = needs.module("anyio", extra="async")
@@ -151,7 +206,7 @@ async def test_scopes_10_cancelled_by_anyio(async_kit, sync_kit):
     assert async_kit.checked_out() == 0
 
 
-async def test_scopes_10_what_is_not_in_a_transaction_stays_on_the_loop(sync_kit):
+async def test_scopes_10_what_is_not_in_a_transaction_stays_on_the_loop(sync_kit, monkeypatch):
     """A session that holds nothing costs no thread."""
     names = []
     event.listen(sync_kit.db.session, "after_transaction_end", lambda *_: names.append(threading.current_thread().name))
@@ -159,6 +214,9 @@ async def test_scopes_10_what_is_not_in_a_transaction_stays_on_the_loop(sync_kit
         sync_kit.session().add(Payment())
         sync_kit.session().commit()
     assert set(names) == {threading.current_thread().name}
+    monkeypatch.delattr("dbscope.plan.off_loop")
+    async with scope(commit="on-success"):
+        sync_kit.session()
 
 
 async def test_off_loop_runs_in_this_context():

@@ -7,7 +7,7 @@ import pytest
 from tests.support import needs, shop
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "tests.md"
-OPTIONS = ("-p", "no:cacheprovider", "-W", "error")
+OPTIONS = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-W", "error")  # Hypothesis is half the start
 WITH_ASYNCIO = ("-o", "asyncio_default_fixture_loop_scope=function")
 WITHOUT = ("-p", "no:asyncio")
 

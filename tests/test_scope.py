@@ -14,11 +14,13 @@ import warnings
 import weakref
 
 import pytest
-from sqlalchemy import event, select, text, update
+from sqlalchemy import event, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from dbscope import (
     ConfigurationError,
+    Database,
     NoScopeError,
     OverlapError,
     Scope,
@@ -27,9 +29,14 @@ from dbscope import (
     ScopeWarning,
     UncommittedWrites,
     UncommittedWritesError,
+    begin_scope,
     current_scope,
+    end_scope,
     scope,
 )
+from dbscope.lifecycle import Write
+from dbscope.scope import Colour, PlacedScope, open_scopes_of_this_context
+from dbscope.session import _USES
 from tests.support.kits import LIMIT, Account, Payment, twice
 
 
@@ -247,6 +254,21 @@ async def test_scopes_3_a_nested_scope_has_its_own_sessions(kit):
 
 
 @twice
+async def test_scopes_3_an_exit_that_fails_restores_the_outer(kit):
+    """Where the end of a scope or block raises, the scope around it is current again all the same."""
+    kit.database(uncommitted="raise")
+    async with kit.scope("outer") as outer:
+        with pytest.raises(UncommittedWritesError):
+            async with kit.scope("inner"):
+                await _flushed(kit, kit.session())
+        assert current_scope() is outer
+        with pytest.raises(IntegrityError):
+            async with kit.transaction(new=True) as session:
+                session.add(Payment(account_id=7))
+        assert current_scope() is outer
+
+
+@twice
 async def test_scopes_3_an_exit_in_another_context_releases(kit):
     """A scope that is left in a copy of the context, as FastAPI leaves dependencies, gives everything back."""
     work = kit.scope()
@@ -269,6 +291,18 @@ async def test_scopes_3_an_exit_in_another_context_releases(kit):
     assert current_scope() is None
 
 
+def test_scopes_3_an_inner_scope_that_was_left_elsewhere_is_not_open():
+    """The outer scope may end here when the inner one has ended in another context, and takes it away from here."""
+    with scope("outer"):
+        work = scope("inner")
+        work.__enter__()
+        contextvars.copy_context().run(work.__exit__, None, None, None)
+    assert current_scope() is None
+    with Database("sqlite://") as db:
+        assert db.session.scalar(text("SELECT 1")) == 1  # the thread's own again
+        db.session.remove()
+
+
 @twice
 async def test_scopes_3_an_exit_out_of_order_is_reported_and_releases(kit):
     """The outer scope ends first: a warning names both, everything is released, and no dead scope becomes current."""
@@ -289,6 +323,40 @@ async def test_scopes_3_an_exit_out_of_order_is_reported_and_releases(kit):
 
 
 @twice
+async def test_scopes_3_the_outer_scope_comes_back_although_it_has_ended(kit):
+    """After an inner scope, code that outlived the outer one is told so again, and is not outside of every scope."""
+    async with kit.scope("request") as outer:
+        await kit.done(outer.finish() if kit.colour == "sync" else outer.afinish())
+        async with kit.scope("stream"):
+            kit.session()
+        with pytest.raises(ScopeEndedError, match="'request'"):
+            kit.session()
+    assert current_scope() is None
+
+
+async def test_scopes_3_tasks_that_start_each_other_keep_no_ended_scopes():
+    """Work that is handed from task to task for ever, each in a scope of its own, does not keep all of them."""
+    made, alive, done = [], [], asyncio.Event()
+    running = set()
+
+    async def link(left):
+        async with scope() as work:
+            made.append(weakref.ref(work))
+            if left:
+                running.add(task := asyncio.create_task(link(left - 1)))
+                task.add_done_callback(running.discard)
+        del work
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        if not left:
+            done.set()
+
+    await link(20)
+    await done.wait()
+    assert max(alive) <= 4
+
+
+@twice
 async def test_scopes_3_an_exit_out_of_order_of_empty_scopes(kit):
     """Scopes without sessions take a shorter way out, and are reported all the same."""
     outer, middle, inner = kit.scope("outer"), kit.scope("middle"), kit.scope("inner")
@@ -300,6 +368,36 @@ async def test_scopes_3_an_exit_out_of_order_of_empty_scopes(kit):
     assert current_scope() is not None
     assert current_scope().name == "outer"
     await outer.__aexit__(None, None, None)
+    assert current_scope() is None
+
+
+def test_scopes_3_a_suspended_scope_is_resumed_wherever_its_work_goes_on(sync_kit):
+    """As a response that is made piece by piece: its sessions wait, and what is around it each time comes back."""
+    work = PlacedScope("request", None)
+    work.enter(Colour.SYNC)
+    session = sync_kit.session()
+    work.resume()  # it is current already
+    work.suspend()
+    assert current_scope() is None
+    with scope("server") as around:
+        work.resume()
+        assert sync_kit.session() is session
+        begin_scope("left open")
+        work.suspend()
+        assert current_scope() is around
+        work.resume()
+        end_scope("left open")
+        work.resume()
+        work.finish()
+        with pytest.raises(ScopeEndedError, match="'request'"):
+            sync_kit.session()
+        work.suspend()
+        assert current_scope() is around
+        work.resume()
+        with pytest.raises(ScopeEndedError, match="'request'"):
+            sync_kit.session()
+        work.suspend()
+        assert current_scope() is around
     assert current_scope() is None
 
 
@@ -332,6 +430,17 @@ async def test_scopes_3_finish_ends_the_work_before_the_block(kit):
         kit.session().add(Payment())
         await kit.done(work.finish(veto=True) if kit.colour == "sync" else work.afinish(veto=True))
     assert kit.count() == 1
+
+
+@pytest.mark.parametrize("end", [Scope.finish, lambda work: work.__exit__(None, None, None)], ids=["finish", "exit"])
+def test_scopes_3_an_end_within_the_end_does_nothing(sync_kit, end):
+    """A listener that ends the scope which is just committing neither commits twice nor releases too early."""
+    with scope(commit="on-success") as work:
+        session = sync_kit.session()
+        event.listen(session, "after_flush", lambda *_: end(work))
+        session.add(Payment())
+    assert sync_kit.count() == 1
+    assert current_scope() is None
 
 
 @pytest.mark.parametrize("name", [7, b"x", ("a",)])
@@ -479,6 +588,26 @@ async def test_scopes_4_work_that_inherited_the_scope_is_told(kit):
     assert results == ["done"]
 
 
+def test_scopes_4_what_outlives_its_scope_opens_one_that_is_inside_of_none():
+    """The new scope of such work has nothing around it but what is still open."""
+    with scope("outer") as outer:
+        with scope("request"):
+            context = contextvars.copy_context()
+
+        async def aenter():
+            async with scope():
+                return open_scopes_of_this_context()[1:]
+
+        def enter():
+            with scope():
+                return open_scopes_of_this_context()[1:]
+
+        assert context.run(enter) == [outer]
+        assert context.copy().run(asyncio.run, aenter()) == [outer]
+    assert context.run(enter) == []
+    assert context.copy().run(asyncio.run, aenter()) == []
+
+
 @twice
 async def test_scopes_4_a_stream_that_outlives_the_scope_is_told(kit):
     """FAILURES 3: a stream that goes on after the scope's end gets the error, not a connection for all its life."""
@@ -583,6 +712,26 @@ async def test_scopes_5_overlap_raises_naming_both(kit, use, warm):
     assert "scope 'shared'" in str(error)
     assert re.search(r"by (thread 'part_1'|task 'Task-\d+') at \S*test_scope.py", str(error))
     assert "fan_out" in str(error)
+
+
+def test_scopes_5_every_call_that_may_talk_to_the_database_counts(sync_kit):
+    """None of a session's methods that use the connection gets past the one that is executing."""
+    pause = Pause(sync_kit.db.engine)
+    arguments = {
+        **dict.fromkeys(["execute", "scalar", "scalars"], (text("SELECT 1"),)),
+        **dict.fromkeys(["bulk_insert_mappings", "bulk_update_mappings"], (Payment, [{"id": 1}])),
+        "bulk_save_objects": ([Payment()],),
+    }
+    with scope():
+        session = sync_kit.session()
+        thread = threading.Thread(target=lambda: session.scalar(text("SELECT pause()")))
+        thread.start()
+        assert pause.entered.wait(LIMIT)
+        for use in _USES:
+            with pytest.raises(OverlapError, match=rf"session.{use}\(\) was called"):
+                getattr(session, use)(*arguments.get(use, ()))
+        pause.go.set()
+        thread.join()
 
 
 def test_scopes_5_overlap_raises_while_a_cold_pool_connects(sync_kit):
@@ -721,8 +870,9 @@ async def test_scopes_5_a_sibling_cannot_end_what_another_wrote(async_kit, endin
     assert async_kit.amounts() == [7]
 
 
-async def test_scopes_5_a_sibling_cannot_end_it_by_the_connections_transaction(async_kit):
-    """`session.get_transaction().commit()` is the same commit by another door."""
+@pytest.mark.parametrize("door", ["transaction", "connection's commit", "connection's rollback"])
+async def test_scopes_5_a_sibling_cannot_end_it_by_another_door(async_kit, door):
+    """`session.get_transaction().commit()`, and the methods of `session.connection()`, are the same ends."""
     wrote, tried = asyncio.Event(), asyncio.Event()
 
     async def writer():
@@ -734,7 +884,10 @@ async def test_scopes_5_a_sibling_cannot_end_it_by_the_connections_transaction(a
     async def sibling():
         await wrote.wait()
         try:
-            await async_kit.session().get_transaction().commit()
+            if door == "transaction":
+                await async_kit.session().get_transaction().commit()
+            else:
+                await getattr(await async_kit.session().connection(), door.split()[1])()
         finally:
             tried.set()
 
@@ -798,6 +951,61 @@ async def test_scopes_5_a_sibling_that_cleans_up_after_an_error_keeps_its_error(
     assert async_kit.count() == 1
 
 
+async def test_scopes_5_a_sibling_that_cleans_up_a_sync_session_keeps_its_error(sync_kit):
+    """A sibling's `with session:` around a failing body does, too, on a sync session that tasks share."""
+    wrote, tried = asyncio.Event(), asyncio.Event()
+
+    async def writer():
+        sync_kit.session().add(Payment())
+        sync_kit.session().flush()
+        wrote.set()
+        await tried.wait()
+        sync_kit.session().commit()
+
+    async def sibling():
+        await wrote.wait()
+        try:
+            with sync_kit.session():
+                raise KeyError("mine")
+        finally:
+            tried.set()
+
+    async with scope():
+        sync_kit.session()
+        _, error = await asyncio.gather(writer(), sibling(), return_exceptions=True)
+    assert isinstance(error, KeyError)
+    assert "is still running" in error.__notes__[0]
+    assert sync_kit.count() == 1
+
+
+async def test_scopes_5_a_sibling_cannot_take_over_what_another_wrote(async_kit):
+    """A sibling's block is refused with the names of both, not with the advice to commit the other's writes."""
+    wrote, tried = asyncio.Event(), asyncio.Event()
+
+    async def writer():
+        async_kit.session().add(Payment(amount=7))
+        await async_kit.session().flush()
+        wrote.set()
+        await tried.wait()
+        await async_kit.session().commit()
+
+    async def sibling():
+        await wrote.wait()
+        try:
+            async with async_kit.transaction():
+                pass
+        finally:
+            tried.set()
+
+    async with scope():
+        async_kit.session()
+        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(sibling(), name="sibling")]
+        _, error = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(error, OverlapError)
+    assert re.search(r"transaction\(\) was called by task 'sibling' .* task 'writer', which wrote", str(error))
+    assert async_kit.amounts() == [7]
+
+
 @pytest.mark.parametrize(
     "through",
     [
@@ -818,6 +1026,30 @@ async def test_scopes_5_a_task_started_after_the_write_may_end_it(async_kit, thr
             await session.flush()
         await through(session.commit())
     assert async_kit.count() == 1
+
+
+async def test_scopes_5_the_writer_is_known_in_a_copy_of_the_context(sync_kit):
+    """A task may end what it wrote by a call that some library made in a copied context."""
+    async with scope():
+        session = sync_kit.session()
+        session.add(Payment())
+        contextvars.copy_context().run(session.flush)
+        session.commit()
+    assert sync_kit.count() == 1
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback", "savepoint"])
+async def test_scopes_5_a_task_remembers_no_write_that_is_over(sync_kit, ending):
+    """A task that writes again and again keeps nothing of its finished transactions and savepoints."""
+    async with scope():
+        session = sync_kit.session()
+        for _ in range(20):
+            savepoint = session.begin_nested() if ending == "savepoint" else None
+            session.execute(insert(Payment))
+            savepoint.rollback() if savepoint else getattr(session, ending)()
+        gc.collect()
+        assert sum(isinstance(found, Write) for found in gc.get_objects()) <= 1
+        session.rollback()
 
 
 async def test_scopes_5_what_a_finished_task_wrote_anybody_may_end(async_kit):
@@ -857,6 +1089,25 @@ async def test_scopes_5_the_scope_ends_what_a_running_task_wrote(async_kit):
     with pytest.raises(ScopeEndedError, match="'request'"):
         await task
     assert async_kit.count() == 0
+
+
+@pytest.mark.parametrize("how", ["transaction", "on-success"])
+async def test_scopes_5_the_owner_commits_what_a_running_task_wrote(async_kit, how):
+    """The end of a managed transaction is its owner's, whoever wrote in it and still runs."""
+    wrote, over = asyncio.Event(), asyncio.Event()
+
+    async def child(session):
+        session.add(Payment())
+        await session.flush()
+        wrote.set()
+        await over.wait()
+
+    async with async_kit.transaction() if how == "transaction" else scope(commit="on-success"):
+        task = asyncio.create_task(child(async_kit.session()))
+        await wrote.wait()
+    assert async_kit.count() == 1
+    over.set()
+    await task
 
 
 async def test_scopes_5_a_rolled_back_savepoint_frees_the_siblings(async_kit):
@@ -1017,6 +1268,17 @@ async def test_scopes_8_the_line_of_the_first_write_is_named(kit):
             await kit.done(session.execute(text("INSERT INTO payments (amount) VALUES (2)")))
     here = test_scopes_8_the_line_of_the_first_write_is_named.__wrapped__
     assert line_of(here, 6) in str(caught[0].message)
+    assert (caught[0].filename, caught[0].lineno) == (__file__, here.__code__.co_firstlineno + 6)
+
+
+def test_scopes_8_without_a_write_the_scopes_line_is_named(sync_kit):
+    """Where nothing was sent yet, the warning stands at the line that opened the scope, whoever ends it."""
+    with pytest.warns(UncommittedWrites) as caught:  # noqa: PT031
+        with scope() as work:
+            sync_kit.session().add(Payment())
+            work.finish()
+    here = test_scopes_8_without_a_write_the_scopes_line_is_named
+    assert (caught[0].filename, caught[0].lineno) == (__file__, here.__code__.co_firstlineno + 3)
 
 
 @twice
@@ -1034,6 +1296,20 @@ async def test_scopes_8_it_can_raise(kit):
     assert kit.checked_out() == 0
 
 
+@pytest.mark.parametrize("policy", ["warn", "raise"])
+@twice
+async def test_scopes_8_it_raises_for_every_database(kit, tmp_path, policy):
+    """Where the writes to two databases are lost, the error (here warnings are errors) tells of both."""
+    kit.database(uncommitted=policy)
+    second = kit.file(tmp_path / "second.db", uncommitted=policy)
+    error = UncommittedWritesError if policy == "raise" else UncommittedWrites
+    with pytest.raises(error, match="nobody committed") as caught:
+        async with kit.scope():
+            await _flushed(kit, kit.session())
+            await _flushed(kit, kit.session(second))
+    assert second.name in caught.value.__notes__[0]
+
+
 @twice
 async def test_scopes_8_it_can_be_off(kit):
     """With `uncommitted="off"` nothing is said."""
@@ -1043,18 +1319,26 @@ async def test_scopes_8_it_can_be_off(kit):
     assert kit.count() == 0
 
 
-@pytest.mark.parametrize("ending", ["commit", "rollback", "error"])
+@pytest.mark.parametrize("ending", ["commit", "rollback", "error", "hidden error"])
 @twice
 async def test_scopes_8_what_was_decided_is_not_reported(kit, ending):
     """A commit, a rollback and an error are decisions: nothing is reported then, nor of what was only read."""
-    with contextlib.suppress(KeyError):
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(KeyError):
+        warnings.simplefilter("always")  # as an error it would only be a note on the user's
         async with kit.scope():
             session = kit.session()
-            await _flushed(kit, session)
-            if ending == "error":
-                raise KeyError
-            await kit.done(getattr(session, ending)())
+            if ending == "hidden error":
+                with contextlib.suppress(KeyError):
+                    async with kit.block(session):
+                        await _flushed(kit, session)
+                        raise KeyError
+            else:
+                await _flushed(kit, session)
+                if ending == "error":
+                    raise KeyError
+                await kit.done(getattr(session, ending)())
             (await kit.done(session.scalars(select(Payment)))).all()
+    assert not caught
 
 
 @twice
@@ -1129,7 +1413,7 @@ async def test_scopes_9_the_users_error_stays_on_top(server_kit):
 
 
 def failing_close(session):
-    """Make closing the session fail, for real: its driver's connection is closed below it."""
+    """Make closing the session fail, when its transaction has ended."""
 
     @event.listens_for(session, "after_transaction_end")
     def fail(session, transaction):
@@ -1160,6 +1444,51 @@ def test_scopes_9_a_note_tells_what_failed_beside_the_users_error(sync_kit):
             raise KeyError
     assert any("'request'" in note and "it would not close" in note for note in caught.value.__notes__)
     assert sync_kit.checked_out() == 0
+
+
+@pytest.mark.parametrize("error", [KeyError, None], ids=["failing", "fine"])
+@twice
+async def test_scopes_9_an_interrupt_in_the_release_is_on_top(kit, error):
+    """What ends the process, such as a KeyboardInterrupt, is not hidden in a note on the user's error."""
+    engine = getattr(kit.db.engine, "sync_engine", kit.db.engine)
+
+    def interrupt(_):
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        async with kit.scope():
+            await kit.done(kit.session().scalar(text("SELECT 1")))
+            event.listen(engine, "rollback", interrupt, once=True)
+            if error is not None:
+                raise error
+    assert kit.checked_out() == 0
+
+
+def test_scopes_9_only_an_interrupt_throws_the_connection_away(sync_kit):
+    """After an error of the server's, and after the clean-up of an interrupt, connections go back into the pool."""
+    made = []
+    event.listen(sync_kit.db.engine, "connect", lambda *_: made.append(1))
+
+    def interrupt(*_):
+        raise Interrupt
+
+    with scope():
+        session = sync_kit.session()
+        for _ in range(2):
+            session.add(Payment(account_id=7))
+            with pytest.raises(IntegrityError):
+                session.flush()
+            session.rollback()
+        assert len(made) == 1
+        event.listen(session, "before_flush", interrupt, once=True)
+        session.scalar(text("SELECT 1"))
+        session.add(Payment())
+        with pytest.raises(Interrupt):
+            session.flush()
+        for _ in range(3):
+            session.rollback()
+            session.scalar(text("SELECT 1"))
+    assert len(made) == 2
 
 
 def waits_for_a_lock(kit):

@@ -153,6 +153,18 @@ async def test_transactions_10_an_upgrade_that_fails_names_the_read(kit: Kit) ->
     assert kit.checked_out() == 0
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_transactions_10_other_errors_are_not_taken_for_it(sync_kit: SyncKit, reads: bool) -> None:
+    """A lock that was waited for in vain, and an error of another kind after a read, do not blame the read."""
+    db = sync_kit.database(connect_args={"timeout": 0})
+    with pytest.raises(OperationalError) as caught, scope(), sync_kit.outside.begin() as other:
+        other.execute(write(1))
+        if reads:
+            db.session.execute(ALL)
+        db.session.execute(text("SELECT nonsense FROM payments") if reads else write(2))
+    assert not any("began by reading" in note for note in getattr(caught.value, "__notes__", ()))
+
+
 def test_transactions_10_writers_wait_for_each_other(sync_kit: SyncKit) -> None:
     """A second `transaction()` waits for the first one's end, instead of failing."""
     db = sync_kit.db
@@ -271,6 +283,24 @@ async def test_transactions_10_work_that_was_handed_over_is_still_the_blocks(kit
     assert kit.amounts() == [1]
 
 
+@twice
+async def test_transactions_10_who_wrote_and_is_over_gives_no_lock_back(kit: Kit) -> None:
+    """The write of a plain scope's thread or task that has ended stays open: refused at once, it would not go on."""
+    kit.database(connect_args={"timeout": 0})
+    async with kit.scope():
+        session = kit.session()
+
+        async def send() -> None:
+            await kit.done(session.execute(write(1)))
+
+        assert await kit.together(send) == [None]
+        with pytest.raises(SelfBlockedError):
+            async with kit.transaction(new=True) as inner:
+                await kit.done(inner.execute(write(2)))
+        await kit.done(session.commit())
+    assert kit.amounts() == [1]
+
+
 def test_transactions_10_an_engine_of_the_users_is_protected_too(sync_kit: SyncKit) -> None:
     """On an engine that the user made, where BEGIN is the driver's, the second writer is refused as well."""
     engine = create_engine(sync_kit.url)
@@ -305,7 +335,14 @@ async def test_transactions_10_an_outer_that_only_read_blocks_nobody(kit: Kit) -
 
 
 @pytest.mark.parametrize(
-    "sql", ["VACUUM", "  \n            vacuum", "ATTACH ':memory:' AS more", "PRAGMA journal_mode = WAL"]
+    "sql",
+    [
+        "VACUUM",
+        "  \n            vacuum",
+        "-- a\n/* b */ VACUUM",
+        "ATTACH ':memory:' AS more",
+        "PRAGMA journal_mode = WAL",
+    ],
 )
 @twice
 async def test_transactions_10_statements_that_need_no_transaction_get_none(kit: Kit, sql: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from dbscope import current_scope, scope
+from dbscope import NoTransactionError, current_scope, scope
 from tests.support.kits import Kit, Payment
 from tests.support.model import Errors, Model
 from tests.support.steps import Steps, steps_for
@@ -29,10 +29,13 @@ SEED = 1  # a row that is always there, for statements that have to fail
 
 
 DEPTH = 7
-KINDS = ["scope", "scope", "on-success", "required", "required", "nested", "nested", "new", "reader", "savepoint"]
+KINDS = [
+    *("scope", "scope", "on-success", "required", "required", "required", "nested", "nested", "nested", "new", "new"),
+    *("reader", "savepoint", "mandatory", "never", "durable"),
+]
 WRITES = [f"{how} {key}" for key in KEYS for how in ("orm", "core", "text", "delete")]
 ADDS = [f"add {key}" for key in KEYS]
-HOOKS = ["hook commit", "hook commit", "hook rollback"]
+HOOKS = ["hook commit", "hook commit", "hook rollback", "hook before"]
 A_FEW = st.lists(st.one_of(map(st.sampled_from, (["read"], WRITES, ADDS, HOOKS))), max_size=2)
 WORK = ["flush", *["read"] * 6, *WRITES, *ADDS]
 
@@ -191,6 +194,20 @@ class Machine(RuleBasedStateMachine):
         if self.model.stack and not self.model.can_write("main"):
             return
         self.enter_block(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
+
+    def enter_mandatory(self) -> None:
+        self.enter_kind("mandatory", kind="mandatory")
+
+    def enter_never(self) -> None:
+        self.enter_kind("never", kind="never")
+
+    def enter_durable(self) -> None:
+        if self.model.stack and self.model.work.owner is not None:  # elsewhere it is as required
+            self.enter_kind("durable", durable=True)
+
+    def enter_kind(self, name: str, **options: Any) -> None:
+        if self.model.stack and self.model.can_write("main"):
+            self.enter_block(self.kit.transaction(**options), self.model.enter_kind(name, "main"))
 
     def enter_reader(self) -> None:
         self.enter_block(self.kit.reader(), self.model.enter_reader())
@@ -392,6 +409,8 @@ class Machine(RuleBasedStateMachine):
         model = self.model
         if model.work.stuck or not model.can_write("main") or SEED not in model.view() or not model.free(SEED):
             return
+        if model.top.closed:
+            return  # leaving a savepoint that is gone undoes nothing: PostgreSQL would refuse all that follows
         errors = model.failed_write("main", by_flush=how == "orm") or (IntegrityError,)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "New instance .* conflicts with persistent instance")
@@ -442,15 +461,28 @@ class Machine(RuleBasedStateMachine):
         self.hook(what.partition(" ")[2], elsewhere=elsewhere)
 
     def hook(self, outcome: Any, *, elsewhere: bool) -> None:
+        errors: Errors = () if outcome != "before" or self.model._owned() else (NoTransactionError,)
         number = self.model.hook(outcome)
 
         def fire() -> None:
             self.fired.append((number, self.kit.checked_out()))
 
         async def register() -> None:
-            getattr(self.db, f"on_{outcome}")(fire)
+            getattr(self.db, "before_commit" if outcome == "before" else f"on_{outcome}")(fire)
 
-        self.step(register(), (), elsewhere=elsewhere)
+        self.step(register(), errors, elsewhere=elsewhere)
+
+    # -- from inside ---------------------------------------------------------------------------------------------
+
+    @rule(what=st.sampled_from(["set_rollback_only", "doom"]), elsewhere=st.booleans())
+    def mark(self, what: str, elsewhere: bool) -> None:
+        """Ask for a rollback at the end, in silence or with an error."""
+        errors = self.model.set_rollback_only() if what == "set_rollback_only" else self.model.make_doom()
+
+        async def mark() -> None:
+            self.db.set_rollback_only() if what == "set_rollback_only" else self.db.doom("it is wrong")
+
+        self.step(mark(), errors, elsewhere=elsewhere)
 
     # -- what holds after each step ------------------------------------------------------------------------------
 

@@ -325,7 +325,9 @@ async def test_one_sandbox_for_both_colours(tmp_path):
         dbscope.AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'b.db'}"),
     )
     for name in "ab":
-        Base.metadata.create_all(create_engine(f"sqlite:///{tmp_path / name}.db"))
+        outside = create_engine(f"sqlite:///{tmp_path / name}.db")
+        Base.metadata.create_all(outside)
+        outside.dispose()  # its pool would keep the connection open
     async with sandbox(db, adb):
         async with dbscope.scope(commit="on-success"):
             db.session.add(Payment())

@@ -3,7 +3,7 @@
 import contextvars
 import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from dbscope import (
     current_scope,
     scope,
 )
-from tests.support.kits import Kit, Payment, SyncKit, drive, twice
+from tests.support.kits import Kit, Payment, SyncKit, of_colour, twice
 from tests.support.lines import marked
 
 ALL = select(Payment.amount).order_by(Payment.amount)
@@ -34,19 +34,6 @@ def write(amount: int) -> Any:
 async def read(kit: Kit, session: Any) -> list[int]:
     """The amounts as the session sees them."""
     return list((await kit.done(session.execute(ALL))).scalars())
-
-
-def of_colour(kit: Kit, body: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-    """`body` as a function of the kit's colour."""
-    if kit.colour == "async":
-        return body
-
-    @functools.wraps(body)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return drive(body(*args, **kwargs))
-
-    del call.__wrapped__  # type: ignore[attr-defined]  # it would be taken for a coroutine function
-    return call
 
 
 # -- Transactions 1: begin, join, adopt --------------------------------------------------------------------------------
@@ -342,7 +329,7 @@ def test_transactions_1_nested_and_new_exclude_each_other(colour: str, sync_kit:
     db = sync_kit.db if colour == "sync" else make_kit("async", sync_kit.url).db
     with pytest.raises(ConfigurationError, match="savepoint in the open transaction, new=True one beside it"):
         db.transaction(nested=True, new=True)
-    with pytest.raises(ConfigurationError, match="choose"):
+    with pytest.raises(ConfigurationError, match="Choose"):
         db.transactional(nested=True, new=True)
 
 
@@ -636,6 +623,7 @@ async def test_transactions_2_only_the_owner_ends_it(kit: Kit, end: str) -> None
             await kit.done(ENDS[end](kit, session))
     assert "inside the transaction (begun at " in str(caught.value)
     assert "Its owner commits when its block ends" in str(caught.value)
+    assert not end.startswith("session.") or str(caught.value).startswith(f"{end} was called")
     assert kit.amounts() == []
     assert kit.checked_out() == 0
 
@@ -708,6 +696,34 @@ async def test_transactions_2_a_refused_rollback_below_the_session_dooms_the_blo
         await kit.done((await kit.done(session.connection())).commit())  # the user's own, in a plain scope
         await kit.done(session.close())
     assert kit.amounts() == [2]
+
+
+@twice
+async def test_transactions_2_the_first_reason_is_the_one_that_is_told(kit: Kit) -> None:
+    """Of several things that doom a block its end names the first."""
+    with pytest.raises(RollbackOnlyError, match=r"failed with KeyError"):
+        async with kit.transaction() as session:
+            connection = await kit.done(session.connection())
+            with pytest.raises(KeyError):
+                async with kit.transaction():
+                    raise KeyError
+            with pytest.raises(ZeroDivisionError):
+                async with kit.transaction(nested=False):
+                    raise ZeroDivisionError
+            with pytest.raises(NotTheOwnerError):
+                await kit.done(connection.rollback())
+
+
+def test_transactions_2_a_commit_of_a_copied_engines_connection_is_refused(sync_kit: SyncKit) -> None:
+    """A session may take connections of an engine that `execution_options()` made: they are watched as well."""
+    engine = sync_kit.db.engine
+    db = sync_kit.database(engine, name="copy", binds={Payment: engine.execution_options(logging_token="copy")})
+    with pytest.raises(NotTheOwnerError):
+        with db.transaction() as session:
+            session.add(Payment(amount=1))
+            session.flush()
+            session.connection(bind_arguments={"mapper": Payment}).commit()
+    assert sync_kit.amounts() == []
 
 
 @twice

@@ -60,7 +60,7 @@ def test_twins_databases_take_the_same_parameters(twins: dict[str, tuple[type, t
         assert parameters(getattr(sync, name)) == parameters(getattr(twin, name)), name
     made, made_twin = parameters(sync.__init__), parameters(twin.__init__)
     names = [name for name, *_ in made]
-    assert names == ["self", "target", "name", "session_class", "implicit_scopes", "uncommitted", "options"]
+    assert names == ["self", "target", "name", "session_class", "implicit_scopes", "uncommitted", "outcome", "options"]
     defaults = {name: default for name, _, default in made if name not in ("implicit_scopes", "session_class")}
     assert defaults == {name: default for name, _, default in made_twin if name != "session_class"}
 
@@ -68,7 +68,11 @@ def test_twins_databases_take_the_same_parameters(twins: dict[str, tuple[type, t
 def test_twins_what_is_awaited(twins: dict[str, tuple[type, type]]) -> None:
     """Of the async database's methods these are awaited; the others decide or hand out, and wait for nothing."""
     _, twin = twins["Database"]
-    assert {name for name in own(twin) if inspect.iscoroutinefunction(getattr(twin, name))} == {"dispose", "fan_out"}
+    assert {name for name in own(twin) if inspect.iscoroutinefunction(getattr(twin, name))} == {
+        "dispose",
+        "fan_out",
+        "run",
+    }
 
 
 def test_twins_both_are_context_managers_of_their_colour(twins: dict[str, tuple[type, type]]) -> None:

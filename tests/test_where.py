@@ -21,6 +21,14 @@ def test_frames_of_the_machinery_are_skipped():
     assert f"{os.path.basename(__file__)}:" in spell(space["call"]())
 
 
+def test_a_module_of_the_machinery_may_play_the_users_part():
+    """A module inside of dbscope that says that it is a user's, as the demo's handlers do, is named like one."""
+    for marker, expected in (({}, os.path.basename(__file__)), ({"__dbscope_user_code__": True}, "<made up>")):
+        space = {"__name__": "dbscope.made_up", "here": here, **marker}
+        exec(compile("def call():\n    return here()", "<made up>", "exec"), space)
+        assert spell(space["call"]()).rpartition("/")[2].rpartition(":")[0] == expected
+
+
 def test_a_place_keeps_no_frame():
     """A place is a code object and an instruction: it keeps nothing alive that the frame held."""
     code, instruction = here()

@@ -1,12 +1,28 @@
 """Scopes, transactions, decorators, hooks and fan-outs keep the types of what they are given."""
 
 from contextlib import AsyncExitStack, ExitStack
+from datetime import timedelta
 from typing import assert_type
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from dbscope import AsyncDatabase, Database, Loop, Scope, aend_scope, begin_scope, current_scope, end_scope, scope
+from dbscope import (
+    AsyncDatabase,
+    AttemptFailed,
+    CommitOutcomeUnknown,
+    Conflict,
+    Database,
+    Loop,
+    Retry,
+    Scope,
+    aend_scope,
+    begin_scope,
+    current_scope,
+    end_scope,
+    scope,
+)
+from dbscope.transaction import Transaction
 
 
 class Audited(Session):
@@ -60,6 +76,22 @@ def blocks() -> None:
         assert_type(mine, Audited)
     with ExitStack() as stack:
         assert_type(stack.enter_context(audited.transaction()), Audited)
+    with db.transaction(kind="mandatory", durable=False, no_rollback_for=(KeyError, ValueError)) as session:
+        assert_type(session, Session)
+    with db.transaction(isolation="SERIALIZABLE", read_only=True, deferrable=True, timeout=5) as session:
+        assert_type(session, Session)
+    with audited.transaction(lock_timeout=0.5, statement_timeout=timedelta(seconds=2)) as mine:
+        assert_type(mine, Audited)
+    with audited.reader(autocommit=True) as mine:
+        assert_type(mine, Audited)
+    db.transaction(kind="reader")  # type: ignore[arg-type]
+    db.transaction(isolation="serializable")  # type: ignore[arg-type]
+    db.transaction(timeout="5s")  # type: ignore[arg-type]
+    db.reader(True)  # type: ignore[call-arg]
+    db.transaction(isolate=True)  # type: ignore[call-arg]
+    db.transaction(no_rollback_for=KeyboardInterrupt)  # type: ignore[arg-type]
+    db.set_rollback_only()
+    db.doom("why")
     with adb.transaction() as _:  # type: ignore[attr-defined]
         pass
 
@@ -118,6 +150,43 @@ async def calls() -> None:
     pay(1, remark="x")  # type: ignore[call-arg]
 
 
+# Retries keep the signature, too; `run` takes what its function takes.
+
+
+@db.transactional(retry=3)
+def pay_again(cents: int, *, note: str = "") -> str:
+    """A number."""
+    return note * cents
+
+
+def watch(fact: AttemptFailed) -> None:
+    """What a listener is told."""
+    assert_type((fact.work, fact.attempt, fact.pause, fact.elapsed), tuple[str, int, float, float])
+    assert_type(fact.conflict, Conflict)
+    assert_type(fact.error, Exception)
+
+
+@adb.transactional(retry=Retry(5, budget=2.0, on=(ValueError, KeyError), on_retry=watch))
+async def apay_again(cents: int) -> str:
+    """A policy."""
+    return str(cents)
+
+
+async def retries() -> None:
+    """Sync and async."""
+    assert_type(pay_again(1, note="x"), str)
+    assert_type(await apay_again(1), str)
+    assert_type(db.run(shout, "a"), bytes)
+    assert_type(db.run(shout, "a", retry=Retry(on=lambda error: bool(error.args))), bytes)
+    assert_type(db.run(lambda: 1, retry=5), int)
+    assert_type(await adb.run(ashout, "a", retry=5), bytes)
+    db.run(shout, 1)  # type: ignore[arg-type]
+    db.run(shout)  # type: ignore[arg-type]
+    await adb.run(shout, "a")  # type: ignore[arg-type]
+    db.transactional(retry="3")  # type: ignore[call-overload]
+    Retry(3, 0.5)  # type: ignore[call-arg]
+
+
 # Fan-outs.
 
 
@@ -152,3 +221,21 @@ async def hooks() -> None:
 loop = Loop(lambda: None, interval=1.0, commit="on-success")
 assert_type(loop.run(), None)
 assert_type(loop.passes, int)
+
+# Commits whose answer may be lost.
+
+
+def outcomes() -> None:
+    """The option takes two words; an error tells the transaction's id, where it has one."""
+    assert_type(db.transaction(outcome="resolve"), Transaction[Session])
+    assert_type(Database("sqlite://", outcome="resolve"), Database[Session])
+    db.transaction(outcome="ask")  # type: ignore[arg-type]
+
+    @db.transactional(outcome="raise")
+    def add(amount: int) -> str:
+        return str(amount)
+
+    try:
+        assert_type(add(1), str)
+    except CommitOutcomeUnknown as error:
+        assert_type(error.xid, int | None)

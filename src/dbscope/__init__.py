@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dbscope.conflicts import Conflict
 from dbscope.database import Database
 from dbscope.errors import (
+    CommitOutcomeUnknown,
     ConfigurationError,
     DBScopeError,
     FanOutError,
     NoScopeError,
+    NotCommittedError,
+    NoTransactionError,
     NotTheOwnerError,
     OverlapError,
     PartialCommit,
@@ -18,6 +22,7 @@ from dbscope.errors import (
     ScopeMisuseError,
     ScopeWarning,
     SelfBlockedError,
+    TransactionAbortedError,
     TransactionError,
     TransactionInProgress,
     UncommittedWrites,
@@ -25,6 +30,7 @@ from dbscope.errors import (
 )
 from dbscope.ids import aend_scope, begin_scope, end_scope
 from dbscope.loop import Loop
+from dbscope.retry import AttemptFailed, Retry
 from dbscope.scope import Scope, current_scope, scope
 
 if TYPE_CHECKING:
@@ -32,16 +38,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncDatabase",
+    "AttemptFailed",
+    "CommitOutcomeUnknown",
     "ConfigurationError",
+    "Conflict",
     "DBScopeError",
     "Database",
     "FanOutError",
     "Loop",
     "NoScopeError",
+    "NoTransactionError",
+    "NotCommittedError",
     "NotTheOwnerError",
     "OverlapError",
     "PartialCommit",
     "ReadOnlyError",
+    "Retry",
     "RollbackOnlyError",
     "Scope",
     "ScopeEndedError",
@@ -49,6 +61,7 @@ __all__ = [
     "ScopeMisuseError",
     "ScopeWarning",
     "SelfBlockedError",
+    "TransactionAbortedError",
     "TransactionError",
     "TransactionInProgress",
     "UncommittedWrites",

@@ -5,7 +5,20 @@ import contextlib
 import importlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+    cast,
+    overload,
+)
 
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
@@ -27,7 +40,6 @@ except ImportError as error:
 from dbscope import sqlite
 from dbscope.database import (
     BaseDatabase,
-    kind_of,
     make_engine,
     refuse_class,
     refuse_options,
@@ -40,10 +52,14 @@ from dbscope.errors import DBScopeError, OverlapError
 from dbscope.fanout import afan_out
 from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
-from dbscope.lifecycle import derive, release
+from dbscope.lifecycle import life_of
 from dbscope.plan import arun, to_completion
-from dbscope.registry import _get, forget, registry_for, stand_for, waits_for_owner
-from dbscope.transaction import AsyncTransaction, Kind, transactional
+from dbscope.registry import forget, registry_for, stand_for, waits_for_owner
+from dbscope.retry import Retry
+from dbscope.scope import _get
+from dbscope.session import derive, release
+from dbscope.terms import DEFAULT, Resolution, TransactionOptions
+from dbscope.transaction import AsyncTransaction, transactional
 
 __all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
 
@@ -52,6 +68,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 _hooks_at_once: set["asyncio.Future[Any]"] = set()  # a loop keeps tasks weakly
 
@@ -143,6 +160,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         name: str | None = None,
         session_class: type[S],
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None: ...
 
@@ -153,6 +171,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         *,
         name: str | None = None,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None: ...
 
@@ -163,6 +182,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         *,
         name: str | None = None,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
     ) -> None: ...
 
     def __init__(
@@ -172,6 +192,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         name: str | None = None,
         session_class: Any = AsyncSession,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None:
         url: URL | None = None
@@ -194,7 +215,15 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
             kw["bind"] = engine
             refuse_second(self, url, memory)
         self.engine = engine
-        self._set_up(engine, url=url, name=name, implicit_scopes=False, uncommitted=uncommitted, memory=memory)
+        self._set_up(
+            engine,
+            url=url,
+            name=name,
+            implicit_scopes=False,
+            uncommitted=uncommitted,
+            outcome=outcome,
+            memory=memory,
+        )
         sync_class: type[Session] = kw.pop("sync_session_class", None) or session_class.sync_session_class
         self.sync_session_class = derive(sync_class)
         instrument_sessions(self.sync_session_class)
@@ -215,39 +244,49 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         taken.setdefault("expire_on_commit", False)
         return taken
 
-    def transaction(self, *, nested: bool = False, new: bool = False) -> AsyncTransaction[S]:
+    def transaction(self, **options: Unpack[TransactionOptions]) -> AsyncTransaction[S]:
         """Async version of `Database.transaction`."""
-        return AsyncTransaction(self, kind_of(nested, new))
+        return AsyncTransaction(self, self._terms(options))
 
-    def reader(self) -> AsyncTransaction[S]:
+    def reader(self, *, autocommit: bool = False) -> AsyncTransaction[S]:
         """Async version of `Database.reader`."""
-        return AsyncTransaction(self, Kind.READER)
+        return AsyncTransaction(self, self._reader_terms(autocommit))
 
     @overload
     def transactional(self, function: F) -> F: ...
 
     @overload
-    def transactional(self, *, nested: bool = False, new: bool = False) -> Callable[[F], F]: ...
+    def transactional(
+        self, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Callable[[F], F]: ...
 
-    def transactional(self, function: Any = None, *, nested: bool = False, new: bool = False) -> Any:
+    def transactional(
+        self, function: Any = None, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Any:
         """Async version of `Database.transactional`, for coroutine functions."""
-        kind = kind_of(nested, new)
+        terms = self._terms(options)
         if function is None:
-            return lambda decorated: transactional(self, decorated, kind)
-        return transactional(self, function, kind)
+            return lambda decorated: transactional(self, decorated, terms, retry)
+        return transactional(self, function, terms, retry)
 
-    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Awaitable[None]:
+    async def run(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts, retry: Retry | int = 3) -> R:
+        """Async version of `Database.run`, for a coroutine function. A cancel ends a pause at once."""
+        return await transactional(self, function, DEFAULT, retry)(*args)
+
+    def on_commit(
+        self, function: Callable[..., Any], /, *args: Any, robust: bool = False, **kwargs: Any
+    ) -> Awaitable[None]:
         """Async version of `Database.on_commit`: the function may be a coroutine function.
 
         Returns:
             an awaitable that need not be awaited. Outside of a transaction a coroutine function is started at once,
             and this waits for it.
         """
-        return _started(self._hook("commit", function, args, kwargs))
+        return _started(self._hook("commit", function, args, kwargs, robust=robust))
 
-    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, robust: bool = False, **kwargs: Any) -> None:
         """Async version of `Database.on_rollback`: the function may be a coroutine function."""
-        self._hook("rollback", function, args, kwargs)
+        self._hook("rollback", function, args, kwargs, robust=robust)
 
     def run_hooks(self, hooks: Sequence[Hook]) -> None:
         """Run the hooks of a transaction that its user ended: SQLAlchemy calls this inside of its greenlet."""
@@ -273,7 +312,8 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
     async def dispose(self) -> None:
         """Async version of `Database.dispose`."""
         self._disposing()
-        await self.engine.dispose()
+        for engine in (self.engine, *map(AsyncEngine, self._engines.apart())):
+            await engine.dispose()
         if self._memory is not None:
             self._memory.close()
 
@@ -293,12 +333,16 @@ class _Guarded:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         """Close; SQLAlchemy does so in a task of its own, where nobody sees that the body has failed."""
+        life = life_of(self)
+        dropped = life.dropped
         try:
             await super().__aexit__(kind, error, tb)  # type: ignore[misc]  # AsyncSession's
         except OverlapError as refused:
             if error is None:
                 raise
             error.add_note(str(refused))  # this is clean-up: the user's error stays on top
+        if error is not None:
+            life.dropped = dropped  # the error says that the work is undone
 
 
 def _started(call: Callable[[], Any] | None) -> Awaitable[None]:

@@ -1,12 +1,13 @@
 """Databases: an engine, how its sessions are made, and the doors to them."""
 
 import difflib
+import functools
 import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, TypeVarTuple, Unpack, cast, overload
 from weakref import WeakSet, WeakValueDictionary, ref
 
 from sqlalchemy import create_engine, event
@@ -14,18 +15,33 @@ from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext, make_ur
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from dbscope import fork, sqlite
+from dbscope import fork, hooks, sqlite
+from dbscope.engines import Engines, rebind
 from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
 from dbscope.fanout import Slots, fan_out
 from dbscope.hooks import Hook, Outcome, settle, title
+from dbscope.implicit import implicit_scope
 from dbscope.instrument import instrument_engine, instrument_sessions
-from dbscope.lifecycle import Lifecycle, ScopedSession, Shared, adopt, derive, life_of
+from dbscope.lifecycle import Lifecycle, Owner, Shared, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
 from dbscope.registry import SessionRegistry, registry_for
-from dbscope.scope import Scope, current_scope, implicit_scope
-from dbscope.transaction import Kind, Transaction, call_of, transactional
-from dbscope.where import Place, here, name_of, running_loop, spell, worker
+from dbscope.retry import Retry
+from dbscope.scope import Scope, current_scope
+from dbscope.session import ScopedSession, adopt, derive
+from dbscope.settings import Settings
+from dbscope.terms import (
+    AUTOCOMMIT_READER,
+    DEFAULT,
+    READER,
+    Resolution,
+    Terms,
+    TransactionOptions,
+    refuse_resolution,
+    terms_of,
+)
+from dbscope.transaction import Transaction, call_of, doom, owned, refuse_hook, set_rollback_only, transactional
+from dbscope.where import Place, ago, here, name_of, running_loop, spell, worker
 
 __all__ = ["Database"]
 
@@ -33,6 +49,7 @@ S = TypeVar("S", bound=Session)
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 _by_url: "WeakValueDictionary[tuple[str, bool], BaseDatabase]" = WeakValueDictionary()
 
@@ -63,6 +80,7 @@ class BaseDatabase:
     is_async = False
     name: str
     uncommitted: Literal["warn", "raise", "off"]
+    outcome: Resolution
     shared: SharedConnection | None = None  # in the sandbox of a test: what all sessions work on
     capture: Callable[..., Callable[[], Any]] | None = None  # in a test: what becomes of the hooks
 
@@ -78,6 +96,7 @@ class BaseDatabase:
         name: str | None,
         implicit_scopes: bool,
         uncommitted: Literal["warn", "raise", "off"],
+        outcome: Resolution,
         memory: sqlite.Memory | None,
     ) -> None:
         if uncommitted not in ("warn", "raise", "off"):
@@ -86,7 +105,9 @@ class BaseDatabase:
         self._sync_engine = sync
         self._memory = memory
         self.name = name or (url or sync.url).render_as_string(hide_password=True)
+        refuse_resolution(outcome)
         self.uncommitted = uncommitted
+        self.outcome = outcome
         self.implicit_scopes = implicit_scopes
         self.place: Place | None = here()
         self.own_begin = url is not None and sync.dialect.name == "sqlite"
@@ -95,6 +116,7 @@ class BaseDatabase:
         self.holders: set[ref[Lifecycle]] = set()
         self._loose: WeakSet[Session] = WeakSet()
         self.slots = Slots(self)
+        self._engines = Engines()
         if self.own_begin:
             sqlite.set_up(sync, memory)
         instrument_engine(sync, own_begin=self.own_begin)
@@ -118,15 +140,45 @@ class BaseDatabase:
             shared.adopt(sync, life)
         return session
 
-    def make_reader(self, home: Scope) -> Any:
-        """A new session whose transactions the server keeps read-only, where it knows how to."""
-        if self._sync_engine.dialect.name != "postgresql" or self.shared is not None:
-            return self.make(home)
-        kw = self._maker.kw
-        options: dict[str, Any] = {"bind": _read_only(kw.get("bind"))}
-        if kw.get("binds"):
-            options["binds"] = {key: _read_only(bind) for key, bind in kw["binds"].items()}
-        return self.make(home, options)
+    def make_reader(self, home: Scope, owner: Owner) -> Any:
+        """A new session that only reads, kept to that by the server, where it knows how to."""
+        session = self.make(home)
+        life_of(session).own(owner)
+        if self._sync_engine.dialect.name == "postgresql" and self.shared is None:
+            owner.apart = owner.autocommit
+            engines = self._engines
+            rebind(
+                getattr(session, "sync_session", session),
+                engines.committing_at_once if owner.autocommit else engines.reading,
+            )
+        return session
+
+    def shape(self, session: Session, settings: Settings) -> None:
+        """Let a session's next transactions begin as `settings` say, until `unbind`."""
+        options = settings.begin_options(self._sync_engine.dialect.name)
+        if options:
+            rebind(session, self._engines.shaping(options))
+
+    def _terms(self, options: TransactionOptions) -> Terms:
+        """The checked options of a block.
+
+        Raises:
+            ConfigurationError: one is unknown, contradicts another, or is not to be had on this kind of database.
+        """
+        terms = terms_of(options)
+        if terms.settings is not None:
+            terms.settings.refuse_unknown(self._sync_engine.dialect.name)
+        return terms
+
+    def _reader_terms(self, autocommit: bool) -> Terms:
+        if not autocommit:
+            return READER
+        dialect = self._sync_engine.dialect.name
+        if dialect not in ("postgresql", "sqlite"):
+            raise ConfigurationError(
+                f"reader(autocommit=True) is known on PostgreSQL and SQLite; on {dialect} use `reader()`."
+            )
+        return AUTOCOMMIT_READER
 
     def accept(self, session: Any, home: Scope) -> Any:
         """A session that was put into the registry by hand."""
@@ -167,17 +219,42 @@ class BaseDatabase:
 
     def after_fork(self) -> None:
         """In the child of a fork: leave the parent's connections to it."""
-        self._sync_engine.dispose(close=False)
+        for engine in (self._sync_engine, *self._engines.apart()):
+            engine.dispose(close=False)
         fork.keep_alive([*self._loose])
         self.holders.clear()
 
     # -- hooks -------------------------------------------------------------------------------------------------
 
+    def before_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Call a function when the open managed transaction is about to be committed, as a part of it.
+
+        It runs in the owner's scope and transaction, before the last flush, in the order of the calls; it may write,
+        and give further hooks. If it raises, the transaction rolls back. It is dropped if the transaction, or the
+        savepoint in which it was given, rolls back. An async database takes coroutine functions, too.
+
+        Raises:
+            NoTransactionError: no managed transaction is open.
+        """
+        refuse_hook(function, is_async=self.is_async)
+        session, life = owned(self, "before_commit()")
+        call = functools.partial(function, *args, **kwargs)
+        savepoint = session.get_nested_transaction()
+        life.hooks += (Hook(call, "before commit", savepoint, name=title(function), blocking=not self.is_async),)
+
     def _hook(
-        self, outcome: Outcome, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        outcome: Outcome,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        robust: bool,
     ) -> Callable[[], Any] | None:
         """Keep a hook for the end of the open transaction; give its call back if there is none."""
         call = call_of(function, args, kwargs, here(), is_async=self.is_async)
+        if robust:
+            call = hooks.robust(call, title(function))
         if outcome == "commit" and self.capture is not None:
             call = self.capture(call, function, args, kwargs)
         home = current_scope()
@@ -195,6 +272,28 @@ class BaseDatabase:
                 life.hooks += (hook,)
                 return None
         return call
+
+    def set_rollback_only(self) -> None:
+        """Let the innermost block roll back when it ends, without an error.
+
+        That is a savepoint of `nested=True`, or the whole transaction. In a block that has joined one, whoever began
+        it gets a `RollbackOnlyError`, and does not take the work for saved.
+
+        Raises:
+            NoTransactionError: no managed transaction is open.
+        """
+        set_rollback_only(self)
+
+    def doom(self, reason: str) -> None:
+        """Make sure that nothing of the whole open transaction is committed: its owner gets a `RollbackOnlyError`.
+
+        Args:
+            reason: for that error.
+
+        Raises:
+            NoTransactionError: no managed transaction is open.
+        """
+        doom(self, reason)
 
     def _open_scopes(self) -> str:
         lives = [life for held in [*self.holders] if (life := held()) is not None]
@@ -240,6 +339,8 @@ class Database(BaseDatabase, Generic[S]):
         session_class: the class of the sessions, such as SQLModel's.
         implicit_scopes: whether `db.session` works outside of every scope, in one of the thread's own.
         uncommitted: what a scope's end does about writes that nobody committed: `"warn"`, `"raise"` or `"off"`.
+        outcome: what is done where a connection is lost during COMMIT: `"raise"` that the outcome is unknown, or
+            `"resolve"` it (PostgreSQL), for one trip more with each commit.
         options: options of `Session` and, with a URL, of `create_engine`.
 
     Raises:
@@ -264,6 +365,7 @@ class Database(BaseDatabase, Generic[S]):
         session_class: type[S],
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None: ...
 
@@ -275,6 +377,7 @@ class Database(BaseDatabase, Generic[S]):
         name: str | None = None,
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None: ...
 
@@ -286,6 +389,7 @@ class Database(BaseDatabase, Generic[S]):
         name: str | None = None,
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
     ) -> None: ...
 
     def __init__(
@@ -296,6 +400,7 @@ class Database(BaseDatabase, Generic[S]):
         session_class: Any = Session,
         implicit_scopes: bool = True,
         uncommitted: Literal["warn", "raise", "off"] = "warn",
+        outcome: Resolution = "raise",
         **options: Any,
     ) -> None:
         url: URL | None = None
@@ -319,7 +424,13 @@ class Database(BaseDatabase, Generic[S]):
             refuse_second(self, url, memory)
         self.engine = engine
         self._set_up(
-            engine, url=url, name=name, implicit_scopes=implicit_scopes, uncommitted=uncommitted, memory=memory
+            engine,
+            url=url,
+            name=name,
+            implicit_scopes=implicit_scopes,
+            uncommitted=uncommitted,
+            outcome=outcome,
+            memory=memory,
         )
         self._maker = sessionmaker(class_=derive(session_class))
         self._maker.kw = kw
@@ -327,7 +438,7 @@ class Database(BaseDatabase, Generic[S]):
         instrument_sessions(self._class)
         self.session = registry_for(SessionRegistry, self, session_class, Session)(self, self._maker)
 
-    def transaction(self, *, nested: bool = False, new: bool = False) -> Transaction[S]:
+    def transaction(self, **options: Unpack[TransactionOptions]) -> Transaction[S]:
         """A block whose work is committed when it ends, or rolled back, and the error re-raised.
 
         Joins a managed transaction that is open; begins one otherwise, on the scope's session, or in a scope of its
@@ -336,59 +447,129 @@ class Database(BaseDatabase, Generic[S]):
         Args:
             nested: inside of an open transaction, work in a savepoint: an error undoes this block's work alone.
             new: work beside what is open, in a session and a transaction of its own.
+            kind: the same, and more, by Spring's names: `"required"` (the default), `"requires-new"`, `"nested"`;
+                `"mandatory"` joins and never begins; `"supports"` joins, or works without a transaction;
+                `"not-supported"` works without one, beside what is open; `"never"` refuses where one is open.
+                Work without a transaction is that of a plain scope: the session is the user's to commit.
+            durable: refuse to be inside of another transaction, whose rollback would take this work with it.
+            no_rollback_for: errors after which the work is committed all the same; they are re-raised.
+            rollback_for: errors among those that roll back nevertheless. The nearest class decides.
+            outcome: `"raise"` or `"resolve"`, as the database's, for this block; one that joins leaves it to the one
+                that commits.
+            isolation: `"READ COMMITTED"`, `"REPEATABLE READ"`, `"SERIALIZABLE"`, as the database knows them.
+            read_only: refuse writes, and have PostgreSQL and SQLite refuse them, too.
+            deferrable: with `"SERIALIZABLE"` and `read_only`, wait for a snapshot that cannot fail (PostgreSQL).
+            statement_timeout: seconds, or a timedelta, that one statement may take (PostgreSQL).
+            lock_timeout: how long one statement may wait for a lock (PostgreSQL, SQLite).
+            idle_timeout: how long the transaction may stay without a statement (PostgreSQL).
+            timeout: how long the whole transaction may take (PostgreSQL 17).
+
+        What is asked of the server ends with the transaction. A block that joins may ask for what is there already.
 
         Raises:
-            TransactionInProgress: on entering, if the session has written something that nobody owns.
+            ConfigurationError: an option is unknown here, or two contradict each other.
+            TransactionInProgress: on entering, if the session has written something that nobody owns, or if a
+                transaction is open and the block must not be in one, or asks for another isolation, time-out, ....
+            NoTransactionError: on entering, if the block must join a transaction, and none is open.
             RollbackOnlyError: on leaving, if a part of the work failed or was rolled back, and the error was hidden.
             ReadOnlyError: on entering, inside of a reader.
+            TransactionAbortedError: on leaving, if PostgreSQL has aborted the transaction.
+            CommitOutcomeUnknown: on leaving, if the connection was lost during COMMIT.
+            NotCommittedError: the same, where the server was asked, and has rolled back.
         """
-        return Transaction(self, kind_of(nested, new))
+        return Transaction(self, self._terms(options))
 
-    def reader(self) -> Transaction[S]:
+    def reader(self, *, autocommit: bool = False) -> Transaction[S]:
         """A block that reads, in a session of its own: writes are refused, and by PostgreSQL's server too.
 
         It sees what is committed when its first statement runs. What it returned can still be read after the block,
         without a transaction; what was not loaded stays unloaded.
 
+        Args:
+            autocommit: begin no transaction, and spare PostgreSQL the trips for its BEGIN and its ROLLBACK. Each
+                statement sees what is committed when it runs: two that belong together may see different states.
+                On PostgreSQL its connections are of a pool of their own, as large as the database's.
+
         Raises:
-            ReadOnlyError: by whatever writes inside.
+            ReadOnlyError: by whatever writes inside; with `autocommit`, by a `SET`, too.
+            ConfigurationError: `autocommit` is not known on this database; by the first statement, if there is a
+                pooler such as PgBouncer between.
         """
-        return Transaction(self, Kind.READER)
+        return Transaction(self, self._reader_terms(autocommit))
 
     @overload
     def transactional(self, function: F) -> F: ...
 
     @overload
-    def transactional(self, *, nested: bool = False, new: bool = False) -> Callable[[F], F]: ...
+    def transactional(
+        self, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Callable[[F], F]: ...
 
-    def transactional(self, function: Any = None, *, nested: bool = False, new: bool = False) -> Any:
-        """Decorate a function or a method, so that each call runs in `transaction()`.
+    def transactional(
+        self, function: Any = None, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Any:
+        """Decorate a function or a method, so that each call runs in `transaction()`, with the same options.
+
+        With `retry` each attempt runs in a scope, a session and a transaction of its own, and a conflict with other
+        work (a serialization failure, a deadlock) repeats the whole call.
+
+        Args:
+            function: what to decorate.
+            retry: how many attempts may follow the first one, or a `Retry`.
+            options: as for `transaction`.
 
         Raises:
             ConfigurationError: on decorating, for generators, and functions of the other colour.
+            TransactionInProgress: on calling, where retry was asked for and a managed transaction is open.
         """
-        kind = kind_of(nested, new)
+        terms = self._terms(options)
         if function is None:
-            return lambda decorated: transactional(self, decorated, kind)
-        return transactional(self, function, kind)
+            return lambda decorated: transactional(self, decorated, terms, retry)
+        return transactional(self, function, terms, retry)
 
-    def on_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def run(self, function: Callable[[*Ts], R], *args: *Ts, retry: Retry | int = 3) -> R:
+        """Call a function in a managed transaction, again and again as long as it meets conflicts.
+
+        For work that cannot be decorated: `run(pay, 500)` is `transactional(retry=3)(pay)(500)`. A function, and no
+        block, because a block cannot be repeated without hiding its exceptions from whoever reads the code.
+
+        Args:
+            function: the whole unit of work; `db.session` is its session.
+            args: what to call it with.
+            retry: how many attempts may follow the first one, or a `Retry`.
+
+        Returns:
+            what the function returned in the attempt that was committed.
+
+        Raises:
+            TransactionInProgress: a managed transaction is open, of which this would be a part.
+            Exception: what came out of the last attempt.
+        """
+        return transactional(self, function, DEFAULT, retry)(*args)
+
+    def on_commit(self, function: Callable[..., Any], /, *args: Any, robust: bool = False, **kwargs: Any) -> None:
         """Call a function when the open transaction has been committed, its connection being back in the pool.
 
         It runs after the outermost COMMIT, in the order of the calls, in a scope of its own. It is dropped if the
         transaction, or the savepoint in which it was given, rolls back. Outside of a transaction it is called at
         once, as Django's is.
+
+        Args:
+            function: what to call.
+            args: its arguments.
+            robust: an error of the function is logged, and not raised.
+            kwargs: its arguments by name. (One that is called `robust` goes by `functools.partial`.)
         """
-        call = self._hook("commit", function, args, kwargs)
+        call = self._hook("commit", function, args, kwargs, robust=robust)
         if call is not None:
             call()
 
-    def on_rollback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def on_rollback(self, function: Callable[..., Any], /, *args: Any, robust: bool = False, **kwargs: Any) -> None:
         """Call a function when the open transaction, or the savepoint in which it was given, has rolled back.
 
         Outside of a transaction there is nothing to roll back, and it is dropped.
         """
-        self._hook("rollback", function, args, kwargs)
+        self._hook("rollback", function, args, kwargs, robust=robust)
 
     def fan_out(
         self,
@@ -427,7 +608,8 @@ class Database(BaseDatabase, Generic[S]):
     def dispose(self) -> None:
         """Close the pool. Connections that are still held are named in a warning, and closed when they come back."""
         self._disposing()
-        self.engine.dispose()
+        for engine in (self.engine, *self._engines.apart()):
+            engine.dispose()
         if self._memory is not None:
             self._memory.close()
 
@@ -439,13 +621,6 @@ class Database(BaseDatabase, Generic[S]):
 
 
 # -- setting up --------------------------------------------------------------------------------------------------
-
-
-def kind_of(nested: bool, new: bool) -> Kind:
-    """What the two switches mean together."""
-    if nested and new:
-        raise ConfigurationError("nested=True is a savepoint in the open transaction, new=True one beside it: choose.")
-    return Kind.NESTED if nested else Kind.NEW if new else Kind.REQUIRED
 
 
 def url_of(target: Any, *, is_async: bool) -> URL:
@@ -599,12 +774,6 @@ def refuse_second(database: BaseDatabase, url: URL, memory: sqlite.Memory | None
     _by_url[key] = database
 
 
-def _read_only(bind: Any) -> Any:
-    if bind is None or isinstance(bind, Connection) or not hasattr(bind, "execution_options"):
-        return bind
-    return bind.execution_options(postgresql_readonly=True)
-
-
 def _explain(context: ExceptionContext) -> None:
     """Say in a note what a lost connection means; the exception stays SQLAlchemy's."""
     error = context.sqlalchemy_exception
@@ -615,8 +784,11 @@ def _explain(context: ExceptionContext) -> None:
         is_file = context.engine.dialect.name == "sqlite"
         hint = "Is its folder there, and writable?" if is_file else "Is the server up, and the address right?"
         error.add_note(f"No connection could be made to {url}. {hint}")
-    elif context.is_disconnect:
+    elif context.is_disconnect and not getattr(context.connection, "_lost", False):
+        session = getattr(context.connection, "_dbscope", None)
+        life = None if session is None else life_of(session)
+        taken = f" It was taken at {spell(life.taken)}, {ago(life.since)}." if life is not None and life.taken else ""
         error.add_note(
-            "The connection was lost in the middle, and the server has rolled back what was open on it. "
-            "Repeat the whole piece of work, in a new scope; the pool will connect again."
+            "The connection was lost in the middle, and the server has rolled back what was open on it."
+            f"{taken} Repeat the whole piece of work, in a new scope; the pool will connect again."
         )

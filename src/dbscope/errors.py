@@ -14,9 +14,13 @@
     └── TransactionError
         ├── NotTheOwnerError        a commit (or reset, or invalidate) by somebody who did not begin
         ├── RollbackOnlyError       the block can only roll back
-        ├── TransactionInProgress   uncommitted writes without an owner stood before the block
+        ├── TransactionInProgress   uncommitted writes, or a transaction, stood before a block that must not find any
+        ├── NoTransactionError      something was asked of a transaction, and none is open
         ├── ReadOnlyError           a write in a reader
+        ├── TransactionAbortedError the server has aborted the transaction, and would not say so at the commit
         ├── SelfBlockedError        an independent transaction would wait for its own work
+        ├── CommitOutcomeUnknown    a connection was lost during COMMIT: committed or not, nobody knows
+        ├── NotCommittedError       the same, and the server says that it has rolled back
         ├── PartialCommit           several databases, and a commit failed after another had succeeded
         └── UncommittedWritesError  a scope ended with writes that nobody committed
 
@@ -25,11 +29,14 @@
 """
 
 __all__ = [
+    "CommitOutcomeUnknown",
     "ConfigurationError",
     "DBScopeError",
     "FanOutError",
     "LeftOpenError",
     "NoScopeError",
+    "NoTransactionError",
+    "NotCommittedError",
     "NotTheOwnerError",
     "OverlapError",
     "PartialCommit",
@@ -40,6 +47,7 @@ __all__ = [
     "ScopeMisuseError",
     "ScopeWarning",
     "SelfBlockedError",
+    "TransactionAbortedError",
     "TransactionError",
     "TransactionInProgress",
     "UncommittedWrites",
@@ -96,7 +104,11 @@ class RollbackOnlyError(TransactionError):
 
 
 class TransactionInProgress(TransactionError):
-    """A managed transaction was to begin on a session with uncommitted writes that nobody owns."""
+    """A block found uncommitted writes that nobody owns, or a transaction, and must not begin after them or inside."""
+
+
+class NoTransactionError(TransactionError):
+    """Something was asked of the open transaction, and none is open."""
 
 
 class ReadOnlyError(TransactionError):
@@ -107,18 +119,54 @@ class SelfBlockedError(TransactionError):
     """An independent transaction would have waited for a lock or a connection that its own work holds."""
 
 
+class TransactionAbortedError(TransactionError):
+    """A transaction was to be committed that PostgreSQL has aborted: its COMMIT would have saved nothing, silently.
+
+    Attributes:
+        sqlstate: PostgreSQL's code of the error that aborted it, if dbscope saw it.
+    """
+
+    def __init__(self, message: str, sqlstate: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+class CommitOutcomeUnknown(TransactionError):
+    """A connection was lost during COMMIT, and whether the transaction was committed is unknown.
+
+    Attributes:
+        xid: PostgreSQL's id of the transaction, where it was learned before the COMMIT (`outcome="resolve"`).
+    """
+
+    def __init__(self, message: str, xid: int | None = None) -> None:
+        super().__init__(message)
+        self.xid = xid
+
+
+class NotCommittedError(TransactionError):
+    """A connection was lost during COMMIT, and the server says that it has rolled back: the work may be repeated."""
+
+
 class PartialCommit(TransactionError):
     """A scope over several databases committed some of them, and then a commit failed.
 
     Attributes:
         committed: the databases whose work is saved, in the order of their commits.
         failed: the databases whose work is rolled back, the one that failed first.
+        unknown: the database whose connection was lost during COMMIT, if that is what failed.
     """
 
-    def __init__(self, message: str, committed: tuple[object, ...], failed: tuple[object, ...]) -> None:
+    def __init__(
+        self,
+        message: str,
+        committed: tuple[object, ...],
+        failed: tuple[object, ...],
+        unknown: tuple[object, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.committed = committed
         self.failed = failed
+        self.unknown = unknown
 
 
 class UncommittedWritesError(TransactionError):

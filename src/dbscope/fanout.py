@@ -93,7 +93,8 @@ class Share:
                 raise FanOutError(
                     f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
                     f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
-                    "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool."
+                    "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool "
+                    "(SQLite in memory has one connection, a file has more)."
                 )
             slots.waiting.append(wake)
             return None

@@ -6,7 +6,8 @@ from weakref import WeakSet
 
 from dbscope import lifecycle
 from dbscope.ids import disinherit_all
-from dbscope.scope import disinherit, forget_implicit, open_scopes_of_this_context
+from dbscope.implicit import forget_implicit
+from dbscope.scope import disinherit, open_scopes_of_this_context
 
 # The databases to mind: weakly, for a fork must not keep alive what the application has dropped.
 databases: "WeakSet[Any]" = WeakSet()

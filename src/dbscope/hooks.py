@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from dbscope.plan import Call, Plan, arun, to_completion
+from dbscope.plan import Call, Plan, finish
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
 __all__ = ["Hook", "settle", "title"]
 
-Outcome = Literal["commit", "rollback"]
+Outcome = Literal["before commit", "commit", "rollback"]
 log = logging.getLogger("dbscope")
 
 
@@ -49,6 +49,31 @@ class Hook:
         self.due = False  # its savepoint rolled back: an on_rollback hook runs even if the rest commits
 
 
+def robust(call: Callable[[], Any], name: str) -> Callable[[], Any]:
+    """A call whose error is logged and not raised: what follows from a commit, but is not worth an error."""
+
+    def failed() -> None:
+        log.exception("the robust hook %s failed; the transaction stands", name)
+
+    if asyncio.iscoroutinefunction(call):
+
+        async def awaited() -> None:
+            try:
+                await call()
+            except Exception:
+                failed()
+
+        return awaited
+
+    def called() -> None:
+        try:
+            call()
+        except Exception:
+            failed()
+
+    return called
+
+
 def settle(hooks: Sequence[Hook], error: BaseException | None) -> Plan[None]:
     """Call the hooks in their order; then raise what failed, unless the work itself is failing with `error`.
 
@@ -57,30 +82,34 @@ def settle(hooks: Sequence[Hook], error: BaseException | None) -> Plan[None]:
         ExceptionGroup: several hooks' errors.
     """
     failures: list[Exception] = []
+    cancelled: asyncio.CancelledError | None = None
     for hook in hooks:
         try:
             yield Call(hook.function, blocking=hook.blocking)
+        except asyncio.CancelledError as cancel:
+            cancelled = cancel  # the one hook's; what was to follow does not depend on when it arrived
         except Exception as failure:
             failure.add_note(f"raised by the on_{hook.outcome} {hook.name}; the {hook.outcome} stands")
             failures.append(failure)
-    if not failures:
-        return
-    if error is not None:
+    first = error or cancelled
+    if first is not None:
         for failed in failures:
             log.error("a hook failed after the work had failed", exc_info=failed)
-            error.add_note(f"and {failed!r} was {failed.__notes__[-1]}")
-        return
-    if len(failures) == 1:
+            first.add_note(f"and {failed!r} was {failed.__notes__[-1]}")
+        if cancelled is not None:
+            raise cancelled
+    elif len(failures) == 1:
         raise failures[0]
-    raise ExceptionGroup(f"{len(failures)} hooks failed; the transaction stands", failures)
+    elif failures:
+        raise ExceptionGroup(f"{len(failures)} hooks failed; the transaction stands", failures)
 
 
 async def asettle(hooks: Sequence[Hook], error: BaseException | None, cancelled: BaseException | None) -> None:
-    """Async version of `settle`; where this task was cancelled meanwhile, the hooks run to their end all the same.
+    """Async version of `settle`. A cancel of this task ends the hook that is running, and no other.
 
-    The transaction has ended: what was to follow from that must not depend on when a cancel arrives.
+    The transaction has ended: what was to follow from that must not depend on when a cancel arrives. Where it has
+    arrived before (`cancelled`), it ends none.
     """
-    if cancelled is None:
-        await arun(settle(hooks, error))
-    else:
-        await to_completion(asyncio.ensure_future(arun(settle(hooks, error or cancelled))))
+    _, late = await finish(settle(hooks, error or cancelled), forward=cancelled is None)
+    if late is not None:
+        raise late

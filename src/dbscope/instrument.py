@@ -5,23 +5,97 @@ On the session class, because instance-level listeners cost three times a sessio
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.orm import Session, SessionTransaction
 
-from dbscope import lifecycle, sqlite
+from dbscope import sqlite
+from dbscope.aborted import note_failure
+from dbscope.connection import OwnedConnection
+from dbscope.errors import DBScopeError
+from dbscope.lifecycle import Source
+from dbscope.outcome import is_lost
+from dbscope.session import ScopedSession
 from dbscope.statements import Kind, kind
+
+
+def on_transaction_create(session: ScopedSession, transaction: SessionTransaction) -> None:
+    """New work begins, by SQL or by `add()`: refuse it where no work may begin."""
+    life = session._dbscope
+    if transaction.parent is not None:
+        return
+    life.used = True  # before looking whether it has ended: the end looks in the other order
+    if life.acting:
+        return
+    home = life.home
+    if life.ended is not None or life.doom or life.undone or (home is not None and home.is_inside):
+        try:
+            life.refuse_ended()
+            life.refuse_doomed()
+            life.refuse_self_block(session)
+        except DBScopeError:
+            transaction.close()  # or SQLAlchemy keeps it, and the next try would pass
+            raise
+
+
+def on_begin(session: ScopedSession, transaction: SessionTransaction, connection: Connection) -> None:
+    """A connection was taken; SQLAlchemy says so for each savepoint too."""
+    if transaction.parent is None:
+        life = session._dbscope
+        if type(connection) is Connection:  # of an engine that `execution_options()` made
+            connection.__class__ = OwnedConnection
+        connection._dbscope = session  # type: ignore[attr-defined]  # its statements find their session here
+        if type(connection) is OwnedConnection and not isinstance(session.bind, Connection):  # the session's own
+            connection._life = life
+        life.began(connection)
+        owner = life.owner
+        if owner is not None and owner.settings is not None and life.shared is None:
+            owner.settings.tell(connection)
+
+
+def before_commit(session: ScopedSession) -> None:
+    """The deepest place that every commit passes, `SessionTransaction.commit()` included."""
+    life = session._dbscope
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
+        life.refuse_stranger("commit()")
+        life.refuse_sibling("commit()")
+    elif life.doom is not None and life.doom.savepoint is savepoint:
+        life.refuse_doomed()
+
+
+def after_commit(session: ScopedSession) -> None:
+    """A COMMIT, or the release of a savepoint, succeeded."""
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
+        session._dbscope.committed = True
+    else:
+        session._dbscope.freed = savepoint
+
+
+def on_transaction_end(session: ScopedSession, transaction: SessionTransaction) -> None:
+    """A transaction or a savepoint is over: `close()` fires this alone, neither commit nor rollback events."""
+    life = session._dbscope
+    if transaction.parent is None:
+        committed, life.committed = life.committed, False
+        if life.writes and not committed and life.owner is None:
+            life.undone_by_sibling()
+        life.root_ended()
+        if life.hooks and life.owner is None and not life.acting:
+            cast("Source", life.source).run_hooks(life.take_hooks(committed=committed))
+    elif transaction.nested and (life.writes or life.hooks or life.doom is not None):
+        life.savepoint_ended(session, transaction)
 
 
 def instrument_sessions(session_class: type[Session]) -> None:
     """Let the sessions of a class that `derive` made know what SQLAlchemy does with them."""
-    event.listen(session_class, "after_transaction_create", lifecycle.on_transaction_create)
-    event.listen(session_class, "after_begin", lifecycle.on_begin)
-    event.listen(session_class, "before_commit", lifecycle.before_commit)
-    event.listen(session_class, "after_commit", lifecycle.after_commit)
-    event.listen(session_class, "after_transaction_end", lifecycle.on_transaction_end)
+    event.listen(session_class, "after_transaction_create", on_transaction_create)
+    event.listen(session_class, "after_begin", on_begin)
+    event.listen(session_class, "before_commit", before_commit)
+    event.listen(session_class, "after_commit", after_commit)
+    event.listen(session_class, "after_transaction_end", on_transaction_end)
 
 
 _READ = Kind.READ
@@ -45,20 +119,31 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
     session = getattr(connection, "_dbscope", None)
     what = kind(statement)
     life = None
-    immediate = False
+    immediate = autocommit = False
     if session is not None:
         life = session._dbscope
         if what is not _READ or life.doom is not None:
             life.statement(session, what, statement, alone=what is Kind.WRITE and sqlite.alone(statement))
         owner = life.owner
-        immediate = owner is not None and owner.immediate
-    begin = sqlite.mode(cursor, connection, what, statement, immediate=immediate)
+        if owner is not None:
+            immediate, autocommit = owner.immediate, owner.autocommit
+    begin = None if autocommit else sqlite.mode(cursor, connection, what, statement, immediate=immediate)
     if begin is not None:
         if life is not None:
             life.read_first = what is _READ and not immediate
             if immediate:
                 life.refuse_second_writer()
         cursor.execute(begin)
+
+
+def on_error(context: ExceptionContext) -> None:
+    """A statement failed, or what begins or ends a transaction; fetching rows, too."""
+    connection = context.connection
+    if isinstance(connection, OwnedConnection) and connection._life is not None:
+        if connection._committing:
+            connection._lost = is_lost(context)
+        else:
+            connection._failed = note_failure(context, connection._failed)
 
 
 def _without_parameters(listener: Callable[..., None]) -> Callable[..., None]:
@@ -84,5 +169,8 @@ def instrument_engine(engine: Engine, *, own_begin: bool) -> None:
     if "_dbscope" in vars(dialect):  # event.contains() goes by id(), and takes a new engine for one that is gone
         return
     dialect._dbscope = True
+    if engine._connection_cls is Connection:  # changing each connection's class later costs a SELECT 4 %
+        engine._connection_cls = OwnedConnection
     for name, listener in _WATCH[before_sqlite_statement if own_begin else before_statement].items():
         event.listen(engine, name, listener)
+    event.listen(engine, "handle_error", on_error)

@@ -1,24 +1,18 @@
 """The life of one session in its scope: who may end its transaction, what it wrote, how it is given back.
 
 Every rule that protects data is here, written once against the sync `Session`; an `AsyncSession` has one inside.
-The state is a `Lifecycle` beside the session, so that users keep plain SQLAlchemy objects: the class they asked for,
-with `ScopedSession` put before it.
+The state is a `Lifecycle` beside the session, so that users keep plain SQLAlchemy objects.
 """
 
-import contextlib
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
-from functools import wraps
-from socket import gaierror
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from dbscope.errors import (
@@ -35,7 +29,9 @@ from dbscope.errors import (
 )
 from dbscope.hooks import Hook
 from dbscope.lockwatch import LockWatch, backend_of
+from dbscope.settings import Settings
 from dbscope.statements import Kind
+from dbscope.terms import Resolution
 from dbscope.where import (
     UNKNOWN,
     Place,
@@ -44,10 +40,8 @@ from dbscope.where import (
     here,
     name_of,
     place_of,
-    running_loop,
     spell,
     task_now,
-    thread_id,
     worker,
 )
 
@@ -57,13 +51,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-__all__ = ["Doom", "End", "Lifecycle", "Owner", "ScopedSession", "Write", "adopt", "derive", "release"]
+__all__ = ["Doom", "End", "Lifecycle", "Owner", "Write", "end_life", "life_of"]
 
-S = TypeVar("S", bound=Session)
-
-# Bound once: they are on the way of every statement.
 _monotonic = time.monotonic
-_getframe = sys._getframe
 
 
 class Home(Protocol):
@@ -86,6 +76,7 @@ class Source(Protocol):
     name: str
     one_writer: bool
     knows_waits: bool
+    outcome: Resolution
     holders: set["ref[Lifecycle]"]
 
     def capacity(self) -> float:
@@ -98,7 +89,7 @@ class Source(Protocol):
 class Shared(Protocol):
     """One connection for the sessions of several scopes, under a transaction that is never committed: a test's."""
 
-    def using(self, session: "ScopedSession", use: str) -> "AbstractContextManager[None]":
+    def using(self, session: Any, use: str) -> "AbstractContextManager[None]":
         """Around each call of a session that may talk to the database."""
 
     def statement(self, session: Session, kind: Kind, text: str) -> None:
@@ -108,14 +99,34 @@ class Shared(Protocol):
 class Owner:
     """Who began a managed transaction, and so alone may end it: a block, or an on-success scope."""
 
-    __slots__ = ("immediate", "place", "reader", "title", "worker")
+    __slots__ = (
+        *("apart", "autocommit", "committed", "immediate", "outcome", "place", "read_only", "reader", "rollback_only"),
+        *("settings", "title", "worker"),
+    )
 
-    def __init__(self, title: str, place: Place | None, *, immediate: bool = False, reader: bool = False) -> None:
+    def __init__(
+        self,
+        title: str,
+        place: Place | None,
+        *,
+        immediate: bool = False,
+        reader: bool = False,
+        outcome: Resolution | None = None,
+        autocommit: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
         self.worker = worker()  # whose block it is: it ends no sooner than what the same one enters in it
         self.title = title
         self.place = place
         self.immediate = immediate
         self.reader = reader
+        self.autocommit = autocommit  # a reader that begins nothing
+        self.apart = False  # its connection is of a pool of its own
+        self.settings = settings
+        self.read_only = reader or (settings is not None and settings.read_only is True)
+        self.rollback_only = False  # asked for by the block itself: it rolls back when it ends, without an error
+        self.outcome = outcome  # None: as the database says
+        self.committed = False  # whatever fails from here on, the work is saved
 
     def __str__(self) -> str:
         return f"{self.title} (begun at {spell(self.place)})"
@@ -182,8 +193,8 @@ class Lifecycle:
     """
 
     __slots__ = (
-        *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "broken", "close_waits", "committed"),
-        *("connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
+        *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "blocks", "broken", "close_waits"),
+        *("committed", "connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
         *("read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user", "watch"),
         *("writes", "wrote"),
     )
@@ -194,6 +205,7 @@ class Lifecycle:
         self.home = home
         self.source = source
         self.owner: Owner | None = None  # whose managed transaction this is; None: the user's own
+        self.blocks: tuple[Any, ...] = ()  # those that work on it, the innermost last
         self.acting = False  # the owner, or the scope, is ending the transaction now
         self.ended: End | None = None
         self.used = False  # a transaction was begun on it, by SQL or by add(): before that it holds nothing at all
@@ -256,6 +268,10 @@ class Lifecycle:
         error.__cause__ = doom.cause
         return error
 
+    def the_commit(self) -> str:
+        """The commit that is under way, as errors name it: an owner's may end in a task where no line is the user's."""
+        return f"the commit at {spell(here())}" if self.owner is None else f"the commit of {self.owner}"
+
     def refuse_stranger(self, what: str) -> None:
         """Raise if the transaction has an owner, and it is not the owner who acts."""
         owner = self.owner
@@ -314,11 +330,8 @@ class Lifecycle:
 
     # -- what happens ------------------------------------------------------------------------------------------
 
-    def began(self, session: Session, connection: Any) -> None:
+    def began(self, connection: Connection) -> None:
         """The session took a connection and began on it."""
-        connection._dbscope = session  # its statements find their session here
-        if type(connection) is Connection and not isinstance(session.bind, Connection):  # the session's own
-            connection.__class__ = OwnedConnection
         self.connection = connection
         self.taken = (here() if self.asking is None else place_of(self.asking.f_back)) or UNKNOWN
         self.since = _monotonic()
@@ -338,6 +351,7 @@ class Lifecycle:
             self.shared.statement(session, kind, text)
         if self.acting:
             if kind is Kind.WRITE:  # the flush of a commit
+                self.refuse_reader(kind, text)
                 self.refuse_write()
             return
         if kind is not Kind.SAVEPOINT:  # going back to one is what mends a doomed transaction
@@ -346,14 +360,27 @@ class Lifecycle:
         if owner is not None:
             if kind is Kind.CONTROL:
                 self.refuse_stranger(f"{' '.join(text.split())[:40]!r}")
-            if owner.reader and (kind is Kind.WRITE or (kind is Kind.SETTING and _lifts_read_only(text))):
-                raise ReadOnlyError(
-                    f"a write was sent at {spell(here())}, inside {owner}: {' '.join(text.split())[:60]!r}.\n"
-                    "Use `transaction()` for work that writes."
-                )
+            self.refuse_reader(kind, text)
         if kind is Kind.WRITE and not alone:
             self.refuse_write()
             self.note_write(session)
+
+    def refuse_reader(self, kind: Kind, text: str) -> None:
+        """Raise if the transaction only reads, and a statement does more."""
+        owner = self.owner
+        if owner is None or not owner.read_only:
+            return
+        if kind is Kind.WRITE or (kind is Kind.SETTING and _lifts_read_only(text)):
+            raise ReadOnlyError(
+                f"a write was sent at {spell(here())}, inside {owner}: {' '.join(text.split())[:60]!r}.\n"
+                "Use `transaction()` for work that writes."
+            )
+        if kind is Kind.SETTING and owner.autocommit:
+            raise ReadOnlyError(
+                f"{' '.join(text.split())[:60]!r} was sent at {spell(here())}, inside {owner}, which has no "
+                "transaction at whose end it would be undone: the next user of the connection would find it.\n"
+                "Use `reader()`."
+            )
 
     def watch_locks(self, connection: Any) -> None:
         """A statement is about to run that may wait for a lock of the transactions around this one."""
@@ -418,7 +445,7 @@ class Lifecycle:
             if hook.savepoint is savepoint:
                 hook.savepoint = parent
                 if not freed:
-                    if hook.outcome == "commit":
+                    if hook.outcome != "rollback":
                         continue
                     hook.due = True
             hooks.append(hook)
@@ -444,7 +471,27 @@ class Lifecycle:
     def take_hooks(self, *, committed: bool) -> list[Hook]:
         """The hooks that the outcome calls for; the others are dropped."""
         hooks, self.hooks = self.hooks, ()
-        return [hook for hook in hooks if (hook.outcome == "commit") is committed or hook.due]
+        outcome = "commit" if committed else "rollback"
+        return [hook for hook in hooks if hook.outcome == outcome or hook.due]
+
+    def forget_hooks(self) -> bool:
+        """Nobody knows whether the transaction was committed: drop the hooks that depend on it.
+
+        Returns:
+            whether there were any. Those of a savepoint that was rolled back before stay.
+        """
+        kept = tuple(hook for hook in self.hooks if hook.due)
+        dropped = len(kept) < len(self.hooks)
+        self.hooks = kept
+        return dropped
+
+    @property
+    def resolves(self) -> bool:
+        """Whether the server is to be asked what became of a COMMIT whose answer is lost."""
+        asked = None if self.owner is None else self.owner.outcome
+        if asked is None and self.source is not None:
+            asked = self.source.outcome
+        return asked == "resolve"
 
     def refuse_second_writer(self) -> None:
         """Raise if the database knows one writer at a time, and a scope around this one is it."""
@@ -461,6 +508,11 @@ class Lifecycle:
                     "write after it has ended (`on_commit`)."
                 )
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether its connections are of another pool than its database's other sessions'."""
+        return self.owner is not None and self.owner.apart
+
     def refuse_self_block(self, session: Session) -> None:
         """Raise if the pool has no connection left but those that the scopes around this one hold."""
         home, source = self.home, self.source
@@ -469,7 +521,7 @@ class Lifecycle:
         around = home.outer_lives(source)
         if not around:
             return
-        held = [life for life in around if life.connection is not None]
+        held = [life for life in around if life.connection is not None and life.is_apart is self.is_apart]
         if held and len(held) >= source.capacity():
             raise SelfBlockedError(
                 f"{home.describe()} needs a connection of {source.name} at {spell(here())}, but the pool's "
@@ -493,8 +545,12 @@ class Lifecycle:
 
     def fail(self, session: Session, title: str, error: BaseException) -> None:
         """A joined block failed: unless the error is seen outside, what it began must not be committed."""
+        self.doomed(f"{title} in it failed with {error!r}", session, error)
+
+    def doomed(self, why: str, session: Session, cause: BaseException | None = None) -> None:
+        """The transaction can only roll back, unless the savepoint that is open is rolled back before its end."""
         if self.doom is None:
-            self.doom = Doom(f"{title} in it failed with {error!r}", here(), session.get_nested_transaction(), error)
+            self.doom = Doom(why, here(), session.get_nested_transaction(), cause)
 
     def disown(self) -> None:
         """The managed transaction is over: the session is its scope's again."""
@@ -508,15 +564,13 @@ class Lifecycle:
 
     def uncommitted(self, session: Session) -> Place | str | None:
         """What the open transaction has that is not saved: the line of the first write, or what is pending."""
-        if not session.in_transaction():
-            return None
         if self.writes:
             return self.writes[0].place or "an unknown line"
         # new, dirty and deleted build a set each, at every end of a scope that has only read; this looks first.
         if session._is_clean():
             return None
         names = {type(item).__name__ for items in (session.new, session.dirty, session.deleted) for item in items}
-        return f"{', '.join(sorted(names))} objects that were never flushed" if names else None
+        return f"{', '.join(sorted(names))} objects that were never flushed"
 
 
 def _commits_at_once(connection: Connection) -> bool:
@@ -533,241 +587,6 @@ def _lifts_read_only(text: str) -> bool:
     return any(word in words for word in ("read write", "read_only", "query_only", "characteristics", "read only"))
 
 
-def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`use`, by one thread or task at a time.
-
-    The check is here, around whole calls, and not at each statement: the time in which a cold pool connects counts
-    too, and SQLAlchemy's own guard sees that time only, so that with a warm pool it sees nothing.
-    """
-
-    @wraps(use)
-    def method(session: "ScopedSession", *args: Any, **kwargs: Any) -> Any:
-        life = session._dbscope
-        turn = life.turn
-        if not turn.acquire(False):
-            if life.user == worker():  # a listener, an autoflush, a hook inside of the same call
-                return use(session, *args, **kwargs)
-            raise life.overlap(name)
-        life.user = thread_id() if running_loop() is None else worker()
-        if life.connection is None:
-            life.asking = _getframe()  # whoever takes a connection in here need not look far for the user's line
-        try:
-            if life.generation != generation:
-                if name in _CLEAN_UP:
-                    return None  # speaking on the parent's connection would break it
-                life.refuse_ended()
-                _refuse_fork(life)
-            if life.shared is not None:
-                with life.shared.using(session, name):
-                    return use(session, *args, **kwargs)
-            return use(session, *args, **kwargs)
-        except DBAPIError as error:
-            _explain(life, error)
-            watch = life.watch
-            if watch is not None and watch.blocked_by is not None and (own := life.blocked(watch)) is not None:
-                raise own from error
-            raise
-        except PendingRollbackError as error:
-            if life.owner is not None:
-                error.add_note(
-                    f"Inside {life.owner} do not roll back: let the first error out of the block, or put the part "
-                    "that may fail into `transaction(nested=True)`."
-                )
-            raise
-        except (ConnectionError, gaierror) as error:  # asyncpg's, which SQLAlchemy lets through as it is
-            if life.connection is None and life.source is not None:
-                error.add_note(
-                    f"No connection could be made to {life.source.name}. Is the server up, and the address right?"
-                )
-            raise
-        except Exception:
-            raise
-        except BaseException:
-            life.broken = True
-            raise
-        finally:
-            if life.watch is not None:
-                life.watch.stop()
-                life.watch = None
-            life.asking = None
-            turn.release()
-            if life.ended is not None and not life.acting:
-                release(session)  # the scope ended meanwhile, and left the session to its user
-
-    return method
-
-
-_CLEAN_UP = frozenset({"close", "rollback", "reset", "invalidate"})
-
-
-def _refuse_fork(life: Lifecycle) -> None:
-    raise ScopeMisuseError(
-        f"a session{f' of {life.home.describe()}' if life.home else ''} was used at {spell(here())}, "
-        "in the child of a fork.\nA connection cannot be shared across a fork. Open a scope of its own in the child."
-    )
-
-
-def _explain(life: Lifecycle, error: DBAPIError) -> None:
-    """Add to SQLite's "database is locked" what came first, where the lock could not be waited for."""
-    if life.read_first and "database is locked" in str(error.orig):
-        error.add_note(
-            f"The transaction began by reading, at {spell(life.taken)}; SQLite cannot turn it into a writing one once "
-            "another has written. Use `with db.transaction():`, which takes the write lock at its beginning."
-        )
-
-
-class _Unborn:
-    """Stands for the life of a session that the user's own call of the session maker made, until it is asked for.
-
-    A descriptor, and no `__getattr__` on the session: with one, every attribute that SQLAlchemy reads from it costs
-    ten times as much.
-    """
-
-    def __get__(self, session: Session | None, cls: type) -> Any:
-        return self if session is None else adopt(session, None, None)
-
-
-class ScopedSession(Session):
-    """A session that knows its life. It goes before the user's session class, so that every call comes by here."""
-
-    _dbscope: Lifecycle = cast("Lifecycle", _Unborn())
-
-    def begin(self, nested: bool = False) -> "SessionTransaction":
-        """Begin as `Session.begin`; refused in a managed transaction, which is begun and ended by its owner."""
-        if not nested:
-            self._dbscope.refuse_stranger("session.begin()")
-        return super().begin(nested)
-
-    def commit(self) -> None:
-        """Commit as `Session.commit`; refused in a managed transaction, and while another task's writes are open."""
-        life = self._dbscope
-        if life.ended is not None and not life.acting and not self.in_transaction():
-            return  # as dependencies do after the response: nothing to commit, nothing to refuse
-        life.refuse_stranger("session.commit()")
-        life.refuse_sibling("session.commit()")
-        super().commit()
-
-    def rollback(self) -> None:
-        """Roll back as `Session.rollback`; a managed transaction can only roll back from then on."""
-        self._dbscope.refuse_sibling("session.rollback()")
-        self._dbscope.undone = None
-        if self._dbscope.broken:
-            self._throw_away()
-        else:
-            super().rollback()
-
-    def close(self) -> None:
-        """Close as `Session.close`: the session can be used again until its scope ends.
-
-        In a managed transaction it waits for the owner's end (as Spring does with a connection that a transaction
-        holds), so that a helper written with `with db.session() as session:` works inside of a block too.
-        """
-        life = self._dbscope
-        if life.acting or life.ended is not None:
-            super().close()
-        elif life.owner is not None:
-            life.close_waits = True
-        elif life.broken:
-            self._throw_away()
-        else:
-            failing = sys.exc_info()[1]
-            try:
-                life.refuse_sibling("session.close()")
-            except OverlapError as error:
-                if failing is None:
-                    raise
-                failing.add_note(str(error))  # this is clean-up: the user's error stays on top
-                return
-            if failing is None and life.dropped is None and self.in_transaction():
-                place = life.unsaved(self)
-                life.dropped = place if isinstance(place, tuple) else here() if place else None
-            super().close()
-
-    def reset(self) -> None:
-        """Reset as `Session.reset`; refused in a managed transaction."""
-        self._dbscope.refuse_stranger("session.reset()")
-        self._dbscope.refuse_sibling("session.reset()")
-        super().reset()
-
-    def invalidate(self) -> None:
-        """Invalidate as `Session.invalidate`; refused in a managed transaction."""
-        self._dbscope.refuse_stranger("session.invalidate()")
-        self._throw_away()
-
-    def _throw_away(self) -> None:
-        """Close the session's connections instead of returning them: they may be in the middle of something."""
-        self._dbscope.broken = False
-        super().invalidate()
-
-    def prepare(self) -> None:
-        """Prepare as `Session.prepare`; refused in a managed transaction."""
-        self._dbscope.refuse_stranger("session.prepare()")
-        super().prepare()
-
-
-class OwnedConnection(Connection):
-    """A connection that a session took: `session.connection().commit()` is no way around the owner.
-
-    Every commit passes `_commit_impl`, that of the connection's transaction object included. An event would see it too,
-    but one listener of that kind costs every statement of the engine a quarter of its time.
-    """
-
-    _dbscope: ScopedSession
-
-    def commit(self) -> None:
-        """Commit as `Connection.commit`; refused in a managed transaction."""
-        self._dbscope._dbscope.refuse_stranger("session.connection().commit()")
-        super().commit()
-
-    def _commit_impl(self) -> None:
-        life = self._dbscope._dbscope
-        life.refuse_stranger("a commit of the session's connection")
-        try:
-            super()._commit_impl()
-        except Exception:
-            # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended: the connection
-            # would go back into the pool with the file's write lock.
-            with contextlib.suppress(Exception):
-                self._rollback_impl()
-            raise
-        for write in life.writes:
-            write.over = True
-        life.writes = ()
-
-    def rollback(self) -> None:
-        """Roll back as `Connection.rollback`; refused in a managed transaction, which cannot be committed then."""
-        life = self._dbscope._dbscope
-        try:
-            life.refuse_stranger("session.connection().rollback()")
-        except DBScopeError:
-            if life.doom is None:
-                life.doom = Doom("a rollback of its connection was asked for", here(), None)
-            raise
-        super().rollback()
-
-
-# Each of these may talk to the database, and none may do so while another thread or task does.
-_USES = (
-    *("execute", "scalar", "scalars", "connection", "flush", "commit", "rollback", "close", "reset", "invalidate"),
-    *("begin_nested", "prepare", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
-)
-
-
-def derive(session_class: type[S]) -> type[S]:
-    """A private subclass of the user's session class, with the rules of this page put before it."""
-    name = session_class.__name__
-    guarded = type(name, (ScopedSession, session_class), {"__module__": session_class.__module__})
-    for use in _USES:
-        setattr(guarded, use, exclusive(getattr(guarded, use), use))
-    return cast("type[S]", guarded)
-
-
-def adopt(session: Session, home: Home | None, source: Source | None) -> Lifecycle:
-    """Begin the life of a session that was just made."""
-    life = session._dbscope = Lifecycle(home, source)  # type: ignore[attr-defined]  # it is a ScopedSession
-    return life
-
-
 def life_of(session: Any) -> Lifecycle:
     """The life of a session, or of the one inside an `AsyncSession`."""
     try:
@@ -781,104 +600,3 @@ def end_life(session: Any, end: End) -> None:
     life = life_of(session)
     if life.ended is None:
         life.ended = end
-
-
-def release(session: Session) -> None:
-    """Give back what an ended session holds: roll back what is open, return the connection, let its objects go.
-
-    Does nothing while another thread or task is executing on the session: that one does it when it is through.
-
-    Raises:
-        Exception: what closing raised, after the connection was thrown away instead.
-    """
-    life = life_of(session)
-    mine = life.turn.acquire(False)
-    if not mine and life.user != worker():
-        return
-    if mine:
-        life.user = thread_id() if running_loop() is None else worker()
-    try:
-        if life.released or life.generation != generation:  # closing would speak on a fork's parent's connection
-            return
-        life.released = True
-        life.acting = True
-        if life.broken:
-            session.invalidate()
-        elif session.in_transaction() or session.identity_map:
-            if life.owner is not None and life.owner.reader:
-                session.expunge_all()  # before the rollback, which would expire what was read
-            try:
-                # The turn is ours already: what `derive` put before this would only ask for it again.
-                super(ScopedSession, cast("ScopedSession", session)).close()
-            except BaseException:
-                session.invalidate()  # never return a connection in an unknown state
-                raise
-    finally:
-        if life.connection is not None:
-            life.root_ended()  # where closing fails SQLAlchemy does not say so
-        life.acting = False
-        life.owner = None
-        if mine:
-            life.turn.release()
-
-
-# -- what SQLAlchemy tells ---------------------------------------------------------------------------------------
-
-
-def on_transaction_create(session: ScopedSession, transaction: "SessionTransaction") -> None:
-    """New work begins, by SQL or by `add()`: refuse it where no work may begin."""
-    life = session._dbscope
-    if transaction.parent is not None:
-        return
-    life.used = True  # before looking whether it has ended: the end looks in the other order
-    if life.acting:
-        return
-    home = life.home
-    if life.ended is not None or life.doom or life.undone or (home is not None and home.is_inside):
-        try:
-            life.refuse_ended()
-            life.refuse_doomed()
-            life.refuse_self_block(session)
-        except DBScopeError:
-            transaction.close()  # or SQLAlchemy keeps it, and the next try would pass
-            raise
-
-
-def on_begin(session: ScopedSession, transaction: "SessionTransaction", connection: "Connection") -> None:
-    """A connection was taken; SQLAlchemy says so for each savepoint too."""
-    if transaction.parent is None:
-        session._dbscope.began(session, connection)
-
-
-def before_commit(session: ScopedSession) -> None:
-    """The deepest place that every commit passes, `SessionTransaction.commit()` included."""
-    life = session._dbscope
-    savepoint = session.get_nested_transaction()
-    if savepoint is None:
-        life.refuse_stranger("commit()")
-        life.refuse_sibling("commit()")
-    elif life.doom is not None and life.doom.savepoint is savepoint:
-        life.refuse_doomed()
-
-
-def after_commit(session: ScopedSession) -> None:
-    """A COMMIT, or the release of a savepoint, succeeded."""
-    savepoint = session.get_nested_transaction()
-    if savepoint is None:
-        session._dbscope.committed = True
-    else:
-        session._dbscope.freed = savepoint
-
-
-def on_transaction_end(session: ScopedSession, transaction: "SessionTransaction") -> None:
-    """A transaction or a savepoint is over: `close()` fires this alone, neither commit nor rollback events."""
-    life = session._dbscope
-    if transaction.parent is None:
-        committed, life.committed = life.committed, False
-        if life.writes and not committed and life.owner is None:
-            life.undone_by_sibling()
-        life.root_ended()
-        if life.hooks and life.owner is None and not life.acting:
-            cast("Source", life.source).run_hooks(life.take_hooks(committed=committed))
-    elif transaction.nested and (life.writes or life.hooks or life.doom is not None):
-        life.savepoint_ended(session, transaction)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dbscope.where import running_loop
 
-__all__ = ["LockWatch", "knows_waits"]
+__all__ = ["LockWatch", "ask", "knows_waits"]
 
 # Seconds until the first look, and between the next ones: at first the lock may be somebody else's.
 FIRST, NEXT = 0.05, 0.5
@@ -26,12 +26,12 @@ def knows_waits(dialect: str) -> bool:
 
 def backend_of(connection: Any) -> int:
     """The server's process behind a connection; one trip, for a pooler between may give the driver another number."""
-    return int(_ask(connection, "SELECT pg_backend_pid()"))
+    return int(ask(connection.connection.dbapi_connection, "SELECT pg_backend_pid()"))
 
 
-def _ask(connection: Any, question: str) -> Any:
-    """Ask below SQLAlchemy's Connection, which belongs to whoever waits."""
-    cursor = connection.connection.dbapi_connection.cursor()
+def ask(raw: Any, question: str) -> Any:
+    """The first column of the answer; asked of a driver's connection, below SQLAlchemy's, which notes statements."""
+    cursor = raw.cursor()
     try:
         cursor.execute(question)
         return cursor.fetchone()[0]
@@ -80,9 +80,10 @@ class LockWatch:
         yield FIRST
         while not self._over:
             for holder in self.holders:
-                if _ask(holder, _WAITS_FOR_ME.format(self.backend)) and not self._over:
+                raw = holder.connection.dbapi_connection
+                if ask(raw, _WAITS_FOR_ME.format(self.backend)) and not self._over:
                     self.blocked_by = holder
-                    _ask(holder, f"SELECT pg_cancel_backend({self.backend})")
+                    ask(raw, f"SELECT pg_cancel_backend({self.backend})")
                     return
             yield NEXT
 

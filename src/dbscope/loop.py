@@ -79,9 +79,10 @@ class Loop:
 
     def wake(self) -> None:
         """Start the next pass now, if the loop is waiting for it."""
-        self._wakes.put(None)
         alarm = self._alarm
-        if alarm is not None and not alarm[0].is_closed():
+        if alarm is None:
+            self._wakes.put(None)
+        elif not alarm[0].is_closed():
             alarm[0].call_soon_threadsafe(alarm[1].set)
 
     def run(self) -> None:
@@ -92,19 +93,18 @@ class Loop:
         """
         if _is_async(self.function):
             raise ScopeMisuseError(f"{self.name} is a coroutine function: run its loop with `await loop.arun()`.")
-        while not self.stopped():
+        while True:
             while not self._wakes.empty():
                 self._wakes.get()  # who asked for this pass gets it
-            if self.stopped():  # between the two lines above
-                break
+            if self.stopped():  # whoever says so later also ends the waiting below
+                return
             try:
                 with self._scope():
                     self.function()
             except Exception as error:
                 self.on_error(error)
             with contextlib.suppress(Empty):
-                if not self.stopped():
-                    self._wakes.get(timeout=self.interval)
+                self._wakes.get(timeout=self.interval)
 
     async def arun(self) -> None:
         """Async version of `run`, on this event loop."""
@@ -112,21 +112,17 @@ class Loop:
             raise ScopeMisuseError(f"{self.name} is no coroutine function: run its loop with `loop.run()`.")
         alarm = asyncio.Event()
         self._alarm = asyncio.get_running_loop(), alarm
-        try:
-            while not self.stopped():
-                alarm.clear()
-                if self.stopped():
-                    break
-                try:
-                    async with self._scope():
-                        await self.function()
-                except Exception as error:
-                    self.on_error(error)
-                with contextlib.suppress(TimeoutError):
-                    if not self.stopped():
-                        await asyncio.wait_for(alarm.wait(), self.interval)
-        finally:
-            self._alarm = None
+        while True:
+            alarm.clear()
+            if self.stopped():
+                return
+            try:
+                async with self._scope():
+                    await self.function()
+            except Exception as error:
+                self.on_error(error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(alarm.wait(), self.interval)
 
     def _scope(self) -> PlacedScope:
         self.passes += 1

@@ -24,7 +24,6 @@ class OnSession(NamedTuple):
 
     session: Any  # Session | AsyncSession
     action: Callable[[Session], Any]
-    begins: bool = False  # it may take a connection, where the session holds none yet
 
 
 class Call(NamedTuple):
@@ -58,13 +57,19 @@ def _inner(session: Any) -> Any:
     return getattr(session, "sync_session", session)
 
 
-async def arun(plan: Plan[T]) -> T:
-    """Carry out a plan on this loop: async sessions here, sync ones that hold a transaction in a thread."""
+async def arun(plan: Plan[T], *, lasting: bool = False) -> T:
+    """Carry out a plan on this loop: async sessions here, sync ones that hold a transaction in a thread.
+
+    Args:
+        plan: what to do.
+        lasting: somebody else raises the cancels, when all is done: a step in a thread, which no cancel ends, tells
+            the plan what came of it instead.
+    """
     try:
         step = next(plan)
         while True:
             try:
-                result = await _take(step)
+                result = await _take(step, lasting)
             except BaseException as error:
                 step = plan.throw(error)
             else:
@@ -73,17 +78,19 @@ async def arun(plan: Plan[T]) -> T:
         return done.value  # type: ignore[no-any-return]  # a plan returns its T
 
 
-async def _take(step: Step) -> Any:
+async def _take(step: Step, lasting: bool) -> Any:
     if isinstance(step, Call):
         if step.blocking:
-            return await off_loop(step.function)
+            return await off_loop(step.function, lasting=lasting)
         result = step.function()
         return await result if asyncio.iscoroutine(result) or isinstance(result, asyncio.Future) else result
-    session, action, begins = step
+    session, action = step
     if isinstance(session, Session):
         # A commit may wait for a lock that another task of this very loop holds.
-        return await off_loop(lambda: action(session)) if session.in_transaction() or begins else action(session)
-    if session.in_transaction() or begins:
+        if session.in_transaction():
+            return await off_loop(lambda: action(session), lasting=lasting)
+        return action(session)
+    if session.in_transaction():
         return await session.run_sync(action)
     return action(session.sync_session)  # holds no connection: crossing to a greenlet would buy nothing
 
@@ -103,11 +110,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork
 
 
-async def off_loop(function: Callable[[], T]) -> T:
+async def off_loop(function: Callable[[], T], *, lasting: bool = False) -> T:
     """Run blocking work in a thread of dbscope's own, in a copy of this context, to its end.
 
     Not in the loop's default executor: requests that wait in it for a lock would leave no thread to the one that
     releases it. As many threads are made as work is waiting (never more than connections are checked out).
+
+    Args:
+        function: what to do.
+        lasting: as for `arun`.
     """
     global _threads
     with _threads_lock:
@@ -115,6 +126,9 @@ async def off_loop(function: Callable[[], T]) -> T:
             _threads = ThreadPoolExecutor(max_workers=10_000, thread_name_prefix="dbscope")
     context = _ours()
     work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
+    if lasting:
+        await _outlast(work, forward=False)
+        return work.result()
     return await to_completion(work)
 
 
@@ -146,7 +160,7 @@ async def finish(plan: Plan[T], *, forward: bool) -> tuple[T, asyncio.CancelledE
     Returns:
         the plan's result, and the cancel that is still to be raised, if there was one.
     """
-    work = asyncio.get_running_loop().create_task(arun(plan), context=_ours())
+    work = asyncio.get_running_loop().create_task(arun(plan, lasting=True), context=_ours())
     cancelled = await _outlast(work, forward=forward)
     return work.result(), cancelled
 
@@ -161,8 +175,6 @@ async def _outlast(work: "asyncio.Future[T]", *, forward: bool) -> asyncio.Cance
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError as error:
-            if work.cancelled():
-                break  # not we, the work
             if cancelled is None and forward and not work.done():
                 work.cancel()
             cancelled = error

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from dbscope import scope as _scope
 from dbscope.errors import DBScopeError
-from dbscope.lifecycle import End, end_life, life_of, release
-from dbscope.scope import implicit_scope, open_implicit
+from dbscope.implicit import _thread, implicit_scope, open_implicit
+from dbscope.lifecycle import End, end_life, life_of
+from dbscope.scope import _get
+from dbscope.session import release
 from dbscope.where import here, running_loop
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
 __all__ = ["SessionRegistry"]
-
-_get = _scope._get
-_thread = _scope._thread
 
 S = TypeVar("S", bound=Session)
 R = TypeVar("R")

@@ -5,9 +5,6 @@ key that could leak, or whose keys a later piece of work could inherit. Ending a
 session needs no check for dead scopes.
 """
 
-import asyncio
-import atexit
-import contextlib
 import os
 import sys
 import threading
@@ -16,26 +13,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from sqlalchemy.orm import Session
 
+from dbscope.commit import before_commit, commit_all
+from dbscope.ending import Ending, aend, end, raise_first
 from dbscope.errors import (
     ConfigurationError,
     NoScopeError,
-    PartialCommit,
     ScopeEndedError,
     ScopeMisuseError,
     ScopeWarning,
     UncommittedWrites,
     UncommittedWritesError,
 )
-from dbscope.hooks import Hook, asettle, settle
-from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of, release
-from dbscope.plan import OnSession, Plan, arun, finish, run
-from dbscope.where import Place, ago, here, line_of, name_of, on_behalf, place_of, running_loop, spell, worker
+from dbscope.generators import CONTEXTLIB, IN_GENERATOR, refuse_generator
+from dbscope.hooks import Hook
+from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of
+from dbscope.plan import OnSession
+from dbscope.session import release
+from dbscope.where import Place, ago, here, is_over, line_of, name_of, on_behalf, place_of, running_loop, spell, worker
 
 __all__ = ["Scope", "current_scope", "scope"]
 
@@ -76,6 +75,8 @@ class Colour(Enum):
 _NEW, _OPEN, _ENDING, _ENDED = State
 _SYNC, _ASYNC, _BY_ID, _IMPLICIT = Colour
 
+_NOWHERE: tuple[None, int] = (None, 0)
+
 # Shared by all scopes that use no session, and never written to: a dictionary is a fifth of an idle scope's memory.
 _NO_SESSIONS: dict[Any, Any] = {}
 _first_session = threading.Lock()
@@ -93,8 +94,6 @@ _current: ContextVar["Scope | None"] = ContextVar("dbscope.scope", default=None)
 _get, _set = _current.get, _current.set
 _getframe = sys._getframe
 _monotonic = time.monotonic
-_CONTEXTLIB = contextlib.__file__
-_IN_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
 class Scope:
@@ -148,14 +147,13 @@ class Scope:
         # As in `_enter` and `_open`: two calls would be a sixth of an empty scope.
         frame = _getframe(1)
         code = frame.f_code
-        if code.co_flags & _IN_GENERATOR or code.co_filename == _CONTEXTLIB:
-            frame = _refuse_generator(frame)
+        if code.co_flags & IN_GENERATOR or code.co_filename == CONTEXTLIB:
+            frame = refuse_generator(frame)
             code = frame.f_code
-        outer = _get()
-        if self._state is not _NEW or (outer is not None and outer._state is _ENDED):
+        if self._state is not _NEW:
             self._open(code, frame.f_lasti)
             return self
-        self._outer = outer
+        self._outer = _get()
         self._code: CodeType | None = code
         self._instruction = frame.f_lasti
         self.since = _monotonic()
@@ -167,7 +165,7 @@ class Scope:
         if self._sessions or self._state is not _OPEN:
             try:
                 if self._state is _OPEN and not self._end_simply(_getframe(1), error, blocking=True):
-                    self._settle(*run(self._conclude(error)), error)
+                    end(self._conclude(error), error, self.describe)
             finally:
                 self._leave()
         else:
@@ -228,7 +226,7 @@ class Scope:
                     lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
         self._sessions = _NO_SESSIONS
-        end = End(self, "it ended", place_of(frame))
+        end = End(self, f"it ended{self.ending}", place_of(frame))
         for _, session in sessions:
             if session._dbscope.ended is None:
                 session._dbscope.ended = end
@@ -245,7 +243,7 @@ class Scope:
             for source, place in lost:
                 failure = self._report(source, place, failure)
         if failure is not None:
-            self._raise(failure, error)
+            raise_first(failure, error, self.describe)
         return True
 
     def finish(self, *, veto: bool = False) -> None:
@@ -257,39 +255,32 @@ class Scope:
         Args:
             veto: roll back an on-success scope although nothing was raised.
         """
-        if self._state is _OPEN:
+        if not self._sessions and self._state is _OPEN:
+            self._state = _ENDED
+        elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=True)):
             self.refuse_async("afinish()")
-            self._settle(*run(self._conclude(None, veto=veto)), None)
+            end(self._conclude(None, veto=veto), None, self.describe)
 
     async def afinish(self, *, veto: bool = False) -> None:
         """Async version of `finish`."""
-        if self._state is _OPEN:
+        if not self._sessions and self._state is _OPEN:
+            self._state = _ENDED
+        elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=False)):
             await self._afinish(None, veto=veto)
 
     async def _afinish(self, error: BaseException | None, *, veto: bool = False) -> None:
-        plan = self._conclude(error, veto=veto)
-        cancelled: asyncio.CancelledError | None = None
-        if any(_in_transaction(session) for session in self._all()):
-            # In a task of its own: however often this one is cancelled, what is held is given back.
-            outcome, cancelled = await finish(plan, forward=self.commit is not None and error is None)
-        else:
-            outcome = await arun(plan)  # nothing is held: this never suspends
-        failure, hooks = outcome
-        if hooks:
-            await asettle(hooks, error or failure, cancelled)
-        self._raise(failure, error)
-        if cancelled is not None and error is None:
-            raise cancelled  # an error of the user's stays on top
+        await aend(
+            self._conclude(error, veto=veto),
+            error,
+            self.describe,
+            holds=any(_in_transaction(session) for session in self._all()),
+            forward=self.commit is not None and error is None,
+        )
 
-    def _settle(self, failure: BaseException | None, hooks: list[Hook], error: BaseException | None) -> None:
-        if hooks:
-            run(settle(hooks, error or failure))
-        self._raise(failure, error)
-
-    def _enter(self, frame: FrameType, *, block: bool = True) -> None:
+    def _enter(self, frame: FrameType) -> None:
         code = frame.f_code
-        if block and (code.co_flags & _IN_GENERATOR or code.co_filename == _CONTEXTLIB):
-            frame = _refuse_generator(frame)
+        if code.co_flags & IN_GENERATOR or code.co_filename == CONTEXTLIB:
+            frame = refuse_generator(frame)
             code = frame.f_code
         self._open(code, frame.f_lasti)
 
@@ -300,10 +291,9 @@ class Scope:
                 f"it {'has ended' if self.ended else 'is still open'}.\n"
                 "A scope serves one piece of work. Make a new one for each: `with scope(): ...`."
             )
-        outer = _get()
-        if outer is not None and outer._state is _ENDED:
-            outer = outer._nearest_open()
-        self._outer = outer
+        if self._colour is _ASYNC:
+            self._loop = running_loop()
+        self._outer = _get()
         self._code = code
         self._instruction = instruction
         self.since = _monotonic()
@@ -311,24 +301,31 @@ class Scope:
         _set(self)
 
     def _leave(self) -> None:
-        """Make the outer scope current again, where this one still is; the sessions are released already."""
-        current = _get()
+        """Make current again what was before, where this scope still is; its sessions are released already.
+
+        Be that an ended scope: what inherited one, or runs after the response of its request, is still told so.
+        """
+        current, outer = _get(), self._outer
         if current is self:
-            outer = self._outer
-            _set(outer if outer is None or outer._state is not _ENDED else outer._nearest_open())
+            _set(outer)
+        elif current is not None and current._state is _ENDED and current._inside(self):
+            _set(outer)  # it was ended in another context, and nobody would take it away in this one
         elif current is not None and current._state is _OPEN and current._inside(self):
+            if self._state is _OPEN:  # suspended: what was opened inside goes on by its id, and is not for others
+                _set(outer)
+                return
+            inner = current
+            while inner._outer is not self:
+                inner = cast("Scope", inner._outer)
+            inner._outer = outer  # it must not make this one current again
             warnings.warn(
                 f"{self.describe()} ended before {current.describe()}, which was opened inside of it and is still "
                 "open. Leave scopes in the reverse order of entering them.",
                 ScopeWarning,
                 stacklevel=3,
             )
-
-    def _nearest_open(self) -> "Scope | None":
-        scope: Scope | None = self
-        while scope is not None and scope._state is _ENDED:
-            scope = scope._outer
-        return scope
+        while outer is not None and outer._state is _ENDED:
+            outer = self._outer = outer._outer  # tasks that start each other for ever must not keep all of them
 
     def _inside(self, other: "Scope") -> bool:
         scope: Scope | None = self
@@ -349,6 +346,12 @@ class Scope:
             raise NoScopeError(
                 f"an async session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was "
                 "opened with `with`.\nOpen it with `async with scope():`, so that its end can be awaited."
+            )
+        if self._colour is _ASYNC and self._loop is None:
+            raise NoScopeError(
+                f"a session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was opened "
+                "on an event loop other than asyncio's, where its end cannot be awaited.\nRun this on asyncio; or use "
+                "a sync database, in a worker thread that opens its own scope: `with scope(): ...`."
             )
         session = source.make(self, options)
         if source.is_async:
@@ -420,7 +423,12 @@ class Scope:
             if session is not None:
                 life = life_of(session)
                 owner = life.owner
-                if waits or (life.user is not None and life.user in me) or (owner is not None and owner.worker in me):
+                user = life.user
+                if (
+                    waits
+                    or (owner is not None and owner.worker in me)
+                    or (user is not None and (user in me or is_over(user)))
+                ):
                     found.append(life)
             waits = waits or getattr(scope, "_joined", None) is not None
             scope = scope._outer
@@ -447,41 +455,45 @@ class Scope:
         count, scope = 0, cast("Scope | None", self)
         while scope is not None:
             session = scope._sessions.get(source)
-            if session is not None and life_of(session).connection is not None:
+            if session is not None and (life := life_of(session)).connection is not None and not life.is_apart:
                 count += 1
             if getattr(scope, "_joined", None) is source:
                 return count, True
             scope = scope._outer
         return count, False
 
+    def _managed(self) -> list[Any]:
+        return [s for s in self._all() if (owner := life_of(s).owner) is not None and not owner.reader]
+
+    def _to_commit(self) -> list[Any]:
+        return [s for s in self._managed() if not cast("Owner", life_of(s).owner).rollback_only]
+
     def _all(self) -> list[Any]:
         return [session for session in self._sessions.values() if session is not _Guests]
 
     # -- ending ------------------------------------------------------------------------------------------------
 
-    def _conclude(
-        self, error: BaseException | None, *, veto: bool = False
-    ) -> Plan[tuple[BaseException | None, list[Hook]]]:
+    def _conclude(self, error: BaseException | None, *, veto: bool = False) -> Ending:
         """Commit if that is this scope's to do, release every session, and tell what failed and which hooks are due."""
         self._state = _ENDING
-        sessions = self._all()
         failure: BaseException | None = None
         committed: list[Any] = []
         lost: list[tuple[Any, Any]] = []
         if error is None and not veto:
-            managed = [s for s in sessions if (owner := life_of(s).owner) is not None and not owner.reader]
-            if managed:
-                try:
-                    yield from _commit(managed, committed, self)
-                except BaseException as problem:
-                    failure = problem
+            try:
+                yield from before_commit(self._to_commit)  # whose hooks may use one database more
+                yield from commit_all(self._to_commit(), committed, self)
+            except BaseException as problem:
+                failure = problem
+            managed = self._managed()
             for source, s in self._sessions.items():
                 if s not in managed and (place := _unsaved(s)) is not None:
                     lost.append((source, place))
+        sessions = self._all()
         guests = getattr(self, "_guests", None)
         self._state = _ENDED
         self._sessions.clear()
-        end = End(self, "it ended", here())
+        end = End(self, f"it ended{self.ending}", here())
         for session in sessions:
             end_life(session, end)
         hooks: list[Hook] = []
@@ -522,14 +534,6 @@ class Scope:
             return _first(failure, raised)
         return failure
 
-    def _raise(self, failure: BaseException | None, error: BaseException | None) -> None:
-        """Let the first error through: the user's, if there is one."""
-        if failure is None:
-            return
-        if error is None or not isinstance(failure, Exception):
-            raise failure
-        error.add_note(f"and {self.describe()} failed to release its sessions: {failure!r}")
-
     # -- what people read --------------------------------------------------------------------------------------
 
     @property
@@ -548,6 +552,11 @@ class Scope:
         """Whether the scope is over."""
         return self._state is _ENDED
 
+    @property
+    def ending(self) -> str:
+        """What its end came with, as errors say it after "it ended"; nothing, where the block was simply left."""
+        return ""
+
     def describe(self) -> str:
         """The scope as errors name it: its name, and the line that opened it."""
         place = self.place
@@ -559,8 +568,8 @@ class Scope:
         """The error for work that inherited this scope and outlived it."""
         return ScopeEndedError(
             f"a session of {wanted} was asked for by {name_of(worker())} at {spell(here())} in {self.describe()}, "
-            "which has ended.\nWork that outlives a scope (a background task, a stream, a thread) opens its own: "
-            "`with scope(): ...`, or `async with`, and is handed ids instead of objects."
+            f"which has ended{self.ending}.\nWork that outlives a scope (a background task, a stream, a thread) opens "
+            "its own: `with scope(): ...`, or `async with`, and is handed ids instead of objects."
         )
 
     def __repr__(self) -> str:
@@ -601,7 +610,17 @@ class PlacedScope(Scope):
     def enter(self, colour: Colour) -> None:
         """Open the scope and make it current."""
         self._colour = colour
-        self._open(*(self._given or (None, 0)))
+        code, instruction = self._given or _NOWHERE
+        self._open(code, instruction)
+
+    suspend = Scope._leave  # the work, or what is left of it, goes on after `resume`
+
+    def resume(self) -> None:
+        """Make the scope current again, here: in the same thread or another, be it open or not."""
+        current = _get()
+        if current is None or not current._inside(self):
+            self._outer = current
+        _set(self)
 
 
 def current_scope() -> Scope | None:
@@ -635,170 +654,7 @@ def _unsaved(session: Any) -> Any:
     return life_of(session).unsaved(session if isinstance(session, Session) else session.sync_session)
 
 
-def _commit(sessions: list[Any], committed: list[Any], home: Scope) -> Plan[None]:
-    """Commit the sessions of an on-success scope, in the order of first use, after all of them have flushed."""
-    for session in sessions:
-        life = life_of(session)
-        if life.doom is not None:
-            raise life.rollback_only(life.doom)
-    if len(sessions) > 1:
-        for session in sessions:
-            if _in_transaction(session):
-                yield OnSession(session, Session.flush)
-    for session in sessions:
-        life = life_of(session)
-        if _in_transaction(session):
-            try:
-                yield OnSession(session, commit_owned)
-            except BaseException as problem:
-                if not committed or not isinstance(problem, Exception):
-                    raise
-                done = tuple(life_of(s).source for s in committed)
-                rest = tuple(life_of(s).source for s in sessions if s not in committed)
-                raise PartialCommit(
-                    f"{home.describe()} committed {', '.join(s.name for s in done if s)}, and then the commit of "
-                    f"{', '.join(s.name for s in rest if s)} failed: {problem}.\n"
-                    "What is committed stays; repeat or compensate the rest.",
-                    done,
-                    rest,
-                ) from problem
-        committed.append(session)
-
-
-def commit_owned(session: Session) -> None:
-    """Commit as the owner of the managed transaction.
-
-    Raises:
-        RollbackOnlyError: somebody rolled back inside of it meanwhile (a flush may call the user's listeners).
-    """
-    life = life_of(session)
-    life.acting = True
-    try:
-        session.commit()
-    finally:
-        life.acting = False
-
-
-# -- generators --------------------------------------------------------------------------------------------------
-
-# Who resumes a generator that is no loop: the block between its halves is then somebody's `with`, and always closed.
-_DRIVERS = frozenset({"contextlib", "_pytest.fixtures", "pytest_asyncio.plugin", "anyio.pytest_plugin"})
-# These run functions in a copy of the context: a scope entered by one is current for nobody.
-_COPIES = frozenset({"anyio._backends._asyncio", "concurrent.futures.thread", "threading"})
-
-
-def _refuse_generator(frame: FrameType) -> FrameType:
-    """The user's frame behind `frame`; raise if a scope that is entered in it would leak out of a generator."""
-    if frame.f_code.co_filename == _CONTEXTLIB:  # ExitStack.enter_context
-        found: FrameType | None = frame
-        while found is not None and found.f_code.co_filename == _CONTEXTLIB:
-            found = found.f_back
-        if found is None:
-            return frame
-        frame = found
-    flags = frame.f_code.co_flags
-    if not flags & _IN_GENERATOR:
-        return frame
-    driver = frame.f_back
-    module = "" if driver is None else driver.f_globals.get("__name__", "")
-    where = spell((frame.f_code, frame.f_lasti))
-    if module in _DRIVERS:
-        above = None if driver is None else driver.f_back
-        if flags & CO_GENERATOR and above is not None and above.f_globals.get("__name__", "") in _COPIES:
-            raise ScopeMisuseError(
-                f"a scope was opened at {where}, in a sync generator whose halves are run by worker threads, each in a "
-                "context of its own: no endpoint would ever see it.\nLet the application open a scope for each "
-                "request (dbscope.integrations.asgi.ScopeMiddleware), or make the generator an `async def`."
-            )
-        return frame
-    if flags & CO_ASYNC_GENERATOR and module in _COPIES:
-        return frame  # AnyIO's own runner of async fixtures
-    raise ScopeMisuseError(
-        f"a scope was opened at {where}, in the frame of generator {frame.f_code.co_name}(): it would become the "
-        "scope of whoever iterates, and a `break` would leave it open.\nOpen the scope around the loop, or decorate "
-        f"{frame.f_code.co_name} with @contextmanager (or @asynccontextmanager) and use it in a `with`."
-    )
-
-
-# -- the implicit scope of a thread ------------------------------------------------------------------------------
-
-
-class _Tenure:
-    """Held by a thread's local storage alone, so that the implicit scope ends with its thread."""
-
-    def __init__(self, home: Scope) -> None:
-        self.home = home
-        self.pid = os.getpid()
-
-    def __del__(self) -> None:
-        if sys.is_finalizing():
-            return
-        if self.pid != os.getpid():
-            _inherited.append(self.home)  # in a fork's child: closing would speak on the parent's connection
-        else:
-            end_implicit(self.home)
-
-
-class _Thread(threading.local):
-    home: Scope | None = None
-    tenure: _Tenure | None = None
-
-
-_thread = _Thread()
 _inherited: list[Any] = []
-
-
-def end_implicit(home: Scope) -> None:
-    """End a thread's implicit scope."""
-    if home._state is _OPEN:
-        failure, hooks = run(home._conclude(None))
-        home._settle(failure, hooks, None)
-
-
-def implicit_scope() -> Scope | None:
-    """This thread's implicit scope, if it has one."""
-    home = _thread.home
-    return None if home is None or home._state is _ENDED else home
-
-
-def open_implicit(source: Any) -> Scope:
-    """This thread's implicit scope (this greenlet's under gevent), opened if there is none yet.
-
-    Raises:
-        NoScopeError: in a running task: whatever runs next on this thread would share the session.
-    """
-    if running_loop() is not None and not _in_ipython():
-        raise NoScopeError(
-            f"a session of {source.name} was asked for by {name_of(worker())} at {spell(here())}, outside of every "
-            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`."
-        )
-    home = implicit_scope()
-    if home is None:
-        home = Scope(f"thread {threading.current_thread().name}")
-        home._colour = _IMPLICIT
-        home._outer = None
-        home.since = _monotonic()
-        home._state = _OPEN
-        _thread.home = home
-        _thread.tenure = _Tenure(home)
-        if threading.current_thread() is threading.main_thread():
-            atexit.register(end_implicit, home)  # its storage is only cleared when it is too late to warn
-    return home
-
-
-def _in_ipython() -> bool:
-    """Whether the running task is a cell of IPython's: its loop runs one at a time, as a thread does."""
-    module = sys.modules.get("IPython")
-    return module is not None and module.get_ipython() is not None
-
-
-def forget_implicit(parent: int) -> None:
-    """In the child of a fork: the implicit scope of the thread that forked is the parent's."""
-    if _thread.home is not None:
-        disinherit(_thread.home, parent)
-        if _thread.tenure is not None:
-            _inherited.append(_thread.tenure)
-        _thread.home = _thread.tenure = None
 
 
 def disinherit(home: Scope, parent: int) -> None:
@@ -814,8 +670,9 @@ def disinherit(home: Scope, parent: int) -> None:
 def open_scopes_of_this_context() -> list[Scope]:
     """The open scopes that this code runs in, the innermost first."""
     found: list[Scope] = []
-    home = current_scope()
+    home = _get()
     while home is not None:
-        found.append(home)
+        if home._state is not _ENDED:
+            found.append(home)
         home = home._outer
     return found

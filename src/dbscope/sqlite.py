@@ -5,6 +5,7 @@ data, and a savepoint opens no transaction at all. Here each transaction begins,
 those that are going to write say so, so that "database is locked" waits for its time-out instead of failing at once.
 """
 
+import re
 import sqlite3
 import uuid
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolResetState, QueuePool
 
 from dbscope.statements import Kind
 
@@ -61,13 +62,40 @@ def set_up(engine: Engine, memory: Memory | None) -> None:
         cursor.close()
 
 
-# These refuse to run inside of a transaction, or do nothing in one.
-_OUTSIDE = ("vacuum", "attach", "detach")
+def set_until_returned(connection: Connection, pragma: str, value: int) -> None:
+    """Set a PRAGMA of a connection until it is back in its pool, whoever brings it back."""
+    pool = connection.engine.pool
+    if _set_back not in pool.dispatch.reset:  # event.contains() goes by id(), and takes a new pool for one that is gone
+        event.listen(pool, "reset", _set_back)
+    cursor: Any = connection.connection.cursor()  # below SQLAlchemy, where nobody asks what it does to the transaction
+    try:
+        cursor.execute(f"PRAGMA {pragma}")
+        before = cursor.fetchone()[0]
+        connection.connection.info.setdefault(_CHANGED, {}).setdefault(pragma, before)
+        cursor.execute(f"PRAGMA {pragma} = {value}")
+    finally:
+        cursor.close()
+
+
+_CHANGED = "dbscope pragmas"
+
+
+def _set_back(connection: Any, record: Any, state: PoolResetState) -> None:
+    changed: dict[str, int] = record.info.pop(_CHANGED, {})
+    if not state.terminate_only:
+        for pragma, before in changed.items():
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA {pragma} = {before}")
+            cursor.close()
+
+
+# These refuse to run inside of a transaction, or do nothing in one; comments may come before.
+_OUTSIDE = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:VACUUM|ATTACH|DETACH)\b", re.IGNORECASE | re.DOTALL)
 
 
 def alone(text: str) -> bool:
     """Whether a statement takes part in no transaction."""
-    return text.lstrip()[:6].lower().startswith(_OUTSIDE)
+    return _OUTSIDE.match(text) is not None
 
 
 def mode(cursor: Any, connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
@@ -93,6 +121,11 @@ def restart(session: Session) -> None:
     connection = session.connection()
     connection.exec_driver_sql("COMMIT")
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+    forget_loaded(session)
+
+
+def forget_loaded(session: Session) -> None:
+    """Let what was read in a transaction that is over be read again; what is changed, and unsaved, stays."""
     if session.expire_on_commit:
         changed = {id(item) for items in (session.dirty, session.deleted) for item in items}
         for item in session.identity_map.values():

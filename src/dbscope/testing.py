@@ -30,9 +30,11 @@ from dbscope.errors import (
     ScopeEndedError,
     ScopeMisuseError,
 )
-from dbscope.lifecycle import End, Lifecycle, ScopedSession, life_of, release
+from dbscope.implicit import implicit_scope
+from dbscope.lifecycle import End, Lifecycle, life_of
 from dbscope.plan import to_completion
-from dbscope.scope import Colour, Scope, implicit_scope, open_scopes_of_this_context
+from dbscope.scope import Colour, Scope, open_scopes_of_this_context
+from dbscope.session import ScopedSession, release
 from dbscope.statements import Kind
 from dbscope.where import Place, Worker, here, name_of, spell, worker
 

@@ -8,7 +8,7 @@ import time
 from asyncio import events as _events
 from contextvars import ContextVar
 from pathlib import Path
-from types import CodeType, FrameType
+from types import BuiltinFunctionType, CodeType, FrameType
 from typing import Any, TypeAlias
 
 # A line, as cheap as it gets: turning the instruction into a line number is left to whoever wants to read it,
@@ -23,6 +23,9 @@ thread_id = threading.get_ident
 _BETWEEN = frozenset({"sqlalchemy", "sqlmodel", "dbscope", "contextlib", "asyncio", "concurrent", "threading", "runpy"})
 _between: dict[str, bool] = {}
 
+# A module inside one of them that sets this plays the user's part: an example that comes with the package, say.
+_USERS_OWN = "__dbscope_user_code__"
+
 # Whoever stands above this frame runs the loop, and knows nothing of what a task does.
 _STEP = _events.Handle._run.__code__
 
@@ -31,15 +34,16 @@ def _is_between(frame: FrameType) -> bool:
     """Whether this frame belongs to the machinery rather than to the user, remembered by file name."""
     name = frame.f_code.co_filename
     if name.startswith("<"):  # generated code: many modules share the name
-        return _root(frame) in _BETWEEN
+        return _judge(frame)
     known = _between.get(name)
     if known is None:
-        known = _between[name] = _root(frame) in _BETWEEN
+        known = _between[name] = _judge(frame)
     return known
 
 
-def _root(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _judge(frame: FrameType) -> bool:
+    root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return root in _BETWEEN and _USERS_OWN not in frame.f_globals
 
 
 def _nobody() -> None: ...
@@ -116,6 +120,13 @@ def worker() -> Worker:
     if loop is None:
         return thread_id()
     return asyncio.current_task(loop) or thread_id()
+
+
+def is_over(who: Worker) -> bool:
+    """Whether a task or thread has ended; under gevent nobody keeps a list of greenlets, and none is known to have."""
+    if isinstance(who, int):
+        return isinstance(thread_id, BuiltinFunctionType) and all(t.ident != who for t in threading.enumerate())
+    return who.done()
 
 
 # For whom a task or thread of dbscope's own ends something: who waits for it meanwhile.

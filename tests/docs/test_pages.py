@@ -2,7 +2,7 @@
 
 The ```python blocks of a page run in their order, in one namespace and in an empty folder, as a reader would paste
 them. A ```text block that follows one (with nothing but empty lines between) is its output, `...` standing for
-anything. A block that cannot run here is fenced as ```py.
+anything. A block that cannot run here is fenced as ```py. A page that needs PostgreSQL reads `DATABASE_URL`.
 """
 
 import contextlib
@@ -48,12 +48,14 @@ def complaint(example: Example, printed: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if str(p.relative_to(ROOT)) not in SUITES], ids=lambda p: p.name)
-def test_examples_run(page, tmp_path, monkeypatch):
+def test_examples_run(page, tmp_path, monkeypatch, request):
     """Each page's examples run one after the other and print what the page shows."""
     found = examples(page.read_text(encoding="utf-8"))
     if any("AsyncDatabase" in example.code for example in found):
         needs.module("greenlet", extra="async")
         needs.module("aiosqlite", extra="aiosqlite")
+    if any("DATABASE_URL" in example.code for example in found):
+        monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_url"))
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for example in found:

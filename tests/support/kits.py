@@ -137,9 +137,9 @@ class Kit:
         """`with db.transaction(…)` or `async with db.transaction(…)`."""
         return self.block((db or self.db).transaction(**options))
 
-    def reader(self, db: Any = None) -> AbstractAsyncContextManager[Any]:
-        """`with db.reader()` or `async with db.reader()`."""
-        return self.block((db or self.db).reader())
+    def reader(self, db: Any = None, **options: Any) -> AbstractAsyncContextManager[Any]:
+        """`with db.reader(…)` or `async with db.reader(…)`."""
+        return self.block((db or self.db).reader(**options))
 
     def event(self) -> Any:
         """Something to `await event.wait()` for, between the parts of `together`."""
@@ -185,7 +185,7 @@ class SyncKit(Kit):
 
     def run(self, test: Coroutine[Any, Any, None]) -> None:
         try:
-            drive(test)
+            contextvars.copy_context().run(drive, test)  # what a test leaves current is gone with it
         except BaseException:
             self.close(failing=True)
             raise
@@ -258,6 +258,19 @@ def twice(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]
         kit.run(test(**fixtures))
 
     return run
+
+
+def of_colour(kit: Kit, body: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+    """`body` as a function of the kit's colour."""
+    if kit.colour == "async":
+        return body
+
+    @functools.wraps(body)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return drive(body(*args, **kwargs))
+
+    del call.__wrapped__  # it would be taken for a coroutine function
+    return call
 
 
 def make_kit(colour: str, url: str | URL) -> Kit:

@@ -11,6 +11,7 @@ from typing import Literal
 from sqlalchemy.exc import InvalidRequestError
 
 from dbscope import (
+    NoTransactionError,
     NotTheOwnerError,
     ReadOnlyError,
     RollbackOnlyError,
@@ -22,9 +23,11 @@ from dbscope import (
 Rows = dict[int, int]
 Changes = dict[int, int | None]  # None: deleted
 Errors = tuple[type[BaseException], ...]
-Outcome = Literal["commit", "rollback"]
+Outcome = Literal["before", "commit", "rollback"]
 Owner = Literal["block", "on-success", "reader"] | None
-Kind = Literal["scope", "on-success", "adopted", "new", "joined", "nested", "reader", "joined reader", "savepoint"]
+Kind = Literal[
+    "scope", "on-success", "adopted", "new", "joined", "nested", "reader", "joined reader", "plain", "savepoint"
+]
 
 FINE: Errors = ()
 
@@ -61,6 +64,7 @@ class Work:
     pending: Changes = field(default_factory=dict)  # in the session, and not flushed
     hooks: list[Hook] = field(default_factory=list)
     doom: int | None = None  # the level whose rollback mends it; 0: none does
+    quiet: bool = False  # its owner asked for a rollback, and gets it without an error
     stuck: bool = False  # a flush failed; SQLAlchemy wants a rollback first
     closed_over: bool = False  # the user closed the session over writes
     user: object = None  # which thread or task used it last
@@ -95,6 +99,7 @@ class Frame:
     work: Work
     level: int = 0  # of a savepoint
     closed: bool = False  # a savepoint that went with its transaction
+    quiet: bool = False  # a savepoint that asked for its rollback
 
 
 class Model:
@@ -285,6 +290,8 @@ class Model:
         works = self.works()
         while works and works[-1].owner == "reader":
             works.pop()
+        if outcome == "before" and not self._owned():
+            return self._hooks
         if works and (works[-1].owner is not None or works[-1].uncommitted):
             work = works[-1]
             work.hooks.append(Hook(self._hooks, outcome, len(work.levels) - 1))
@@ -296,6 +303,31 @@ class Model:
         hooks, work.hooks = work.hooks, []
         out = self.checked_out()
         self.fired += [(hook.number, out) for hook in hooks if hook.outcome == outcome or hook.due]
+
+    def _owned(self) -> bool:
+        return bool(self.stack) and self.work.owner in ("block", "on-success")
+
+    # -- from inside ---------------------------------------------------------------------------------------------
+
+    def set_rollback_only(self) -> Errors:
+        if not self._owned():
+            return (NoTransactionError,)
+        work = self.work
+        mine = ("adopted", "new", "joined", "nested")
+        inside = [frame for frame in self.stack if frame.work is work and frame.kind in mine]
+        if not inside or inside[-1].kind in ("adopted", "new"):
+            work.quiet = True
+        elif inside[-1].kind == "nested":
+            inside[-1].quiet = True
+        elif work.doom is None:
+            work.doom = len(work.levels) - 1
+        return FINE
+
+    def make_doom(self) -> Errors:
+        if not self._owned():
+            return (NoTransactionError,)
+        self.work.doom = 0
+        return FINE
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
@@ -317,6 +349,12 @@ class Model:
         if work.doom is not None:
             return (RollbackOnlyError,)
         return self._savepoint("nested", user) if nested else self._push("joined", work)
+
+    def enter_kind(self, kind: str, user: object) -> Errors:
+        """`mandatory`, `never` and `durable`, inside of something."""
+        if not self._owned() and self.work.owner != "reader":
+            return (NoTransactionError,) if kind == "mandatory" else self._push("plain", self.work)
+        return self.enter_transaction(user) if kind == "mandatory" else (TransactionInProgress,)
 
     def _push(self, kind: Kind, work: Work) -> Errors:
         self.stack.append(Frame(kind, work))
@@ -359,7 +397,7 @@ class Model:
         """Leave the innermost block; `failing`: with an error, which comes out as it is."""
         frame = self.stack.pop()
         work = frame.work
-        if frame.kind in ("joined", "joined reader"):
+        if frame.kind in ("joined", "joined reader", "plain"):
             if failing and frame.kind == "joined" and work.doom is None:
                 work.doom = len(work.levels) - 1
             return FINE
@@ -371,12 +409,13 @@ class Model:
                 errors = (UncommittedWrites,)
             committed = False
         else:
-            errors = FINE if failing else self._commit_owned(frame, user)
-            committed = not failing and not errors
+            errors = FINE if failing or work.quiet else self._commit_owned(frame, user)
+            committed = not failing and not errors and not work.quiet
         if not committed:
             self._undo(work)
         if frame.kind == "adopted":
             work.owner = work.doom = None
+            work.quiet = False
         self._fire(work, "commit" if committed else "rollback")
         return errors
 
@@ -384,9 +423,12 @@ class Model:
         work = frame.work
         if work.doom is not None:
             return (RollbackOnlyError,)
+        self.stack.append(frame)  # its transaction is still open while its hooks run, and while it flushes
+        out = self.checked_out()
+        self.fired += [(hook.number, out) for hook in work.hooks if hook.outcome == "before"]
         if work.stuck:
+            self.stack.pop()
             return (InvalidRequestError,)
-        self.stack.append(frame)  # its transaction is still open while it flushes
         errors = self._flush(work, user)
         self.stack.pop()
         if not errors:
@@ -396,7 +438,7 @@ class Model:
     def _leave_savepoint(self, frame: Frame, user: object, *, failing: bool) -> Errors:
         work = frame.work
         errors: Errors = FINE
-        if not failing:
+        if not failing and not frame.quiet:
             refused = work.doom is not None and (frame.kind == "nested" or work.doom == frame.level)
             if refused and not (frame.closed and frame.kind == "savepoint"):
                 errors = (RollbackOnlyError,)
@@ -409,7 +451,8 @@ class Model:
         if frame.closed:
             return errors
         level = work.levels.pop()
-        if failing or errors:
+        undone = failing or frame.quiet or bool(errors)
+        if undone:
             work.pending = {}
             work.stuck = False
             if work.doom == frame.level:
@@ -417,7 +460,7 @@ class Model:
         else:
             work.levels[-1].changes.update(level.changes)
             work.levels[-1].wrote |= level.wrote
-        self._hooks_out(work, frame.level, undone=failing or bool(errors))
+        self._hooks_out(work, frame.level, undone=undone)
         return errors
 
     def _hooks_out(self, work: Work, level: int, *, undone: bool) -> None:

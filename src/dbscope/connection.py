@@ -1,0 +1,72 @@
+"""The connection that a session took: its own commit and rollback are no way around the owner of the transaction."""
+
+import contextlib
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from dbscope.aborted import Failure, refuse_aborted
+from dbscope.errors import DBScopeError
+from dbscope.lifecycle import Doom, Lifecycle
+from dbscope.outcome import commit
+from dbscope.where import here
+
+__all__ = ["OwnedConnection"]
+
+
+class OwnedConnection(Connection):
+    """A connection of an instrumented engine: once a session took it, its transaction is the session's to end.
+
+    Every commit passes `_commit_impl`, that of the connection's transaction object included. An event would see it too,
+    but one listener of that kind costs every statement of the engine a quarter of its time.
+    """
+
+    _dbscope: Session | None = None  # which session's statements these are
+    _life: Lifecycle | None = None  # who ends the transaction; None: whoever took the connection from the engine
+    _failed: Failure | None = None  # the statement that the transaction failed with
+    _committing = False  # the COMMIT is under way
+    _lost = False  # and the connection was lost meanwhile
+
+    def commit(self) -> None:
+        """Commit as `Connection.commit`; refused in a managed transaction."""
+        if self._life is not None:
+            self._life.refuse_stranger("session.connection().commit()")
+        super().commit()
+
+    def _commit_impl(self) -> None:
+        life = self._life
+        if life is None:
+            super()._commit_impl()
+            return
+        life.refuse_stranger("a commit of the session's connection")
+        life.refuse_sibling("a commit of the session's connection")
+        try:
+            if self.dialect.name == "postgresql":
+                refuse_aborted(self, self._failed, life)
+            commit(self, life, super()._commit_impl)
+        except Exception:
+            # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended: the connection
+            # would go back into the pool with the file's write lock.
+            with contextlib.suppress(Exception):
+                self._rollback_impl()
+            raise
+        for write in life.writes:
+            write.over = True
+        life.writes = ()
+
+    def _rollback_to_savepoint_impl(self, name: str) -> None:
+        super()._rollback_to_savepoint_impl(name)
+        self._failed = None  # the savepoint is older: there is none to be made in an aborted transaction
+
+    def rollback(self) -> None:
+        """Roll back as `Connection.rollback`; refused in a managed transaction, which cannot be committed then."""
+        life = self._life
+        if life is not None:
+            try:
+                life.refuse_stranger("session.connection().rollback()")
+            except DBScopeError:
+                if life.doom is None:
+                    life.doom = Doom("a rollback of its connection was asked for", here(), None)
+                raise
+            life.refuse_sibling("session.connection().rollback()")
+        super().rollback()

@@ -1,0 +1,58 @@
+"""The end of a scope or a block: its plan, then the hooks that are due, then the first error."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeAlias
+
+from dbscope.hooks import Hook, asettle, settle
+from dbscope.plan import Plan, arun, finish, run
+
+__all__ = ["Ending", "aend", "end", "raise_first"]
+
+# Gives back what was held, whatever fails, and tells what failed and which hooks are due.
+Ending: TypeAlias = Plan[tuple[BaseException | None, list[Hook]]]
+
+
+def end(plan: Ending, error: BaseException | None, title: Callable[[], str]) -> None:
+    """Carry out the plan and run the hooks; then raise what failed, unless the work failed itself, with `error`."""
+    failure, hooks = run(plan)
+    if hooks:
+        run(settle(hooks, error or failure))
+    raise_first(failure, error, title)
+
+
+async def aend(
+    plan: Ending, error: BaseException | None, title: Callable[[], str], *, holds: bool, forward: bool
+) -> None:
+    """Async version of `end`.
+
+    Args:
+        plan: what ends it.
+        error: what the work failed with.
+        title: what ends, for the note that an error is given.
+        holds: whether a connection is held: it is then given back however often this task is cancelled meanwhile.
+        forward: pass the first cancel on to the commit that is under way.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    if holds:
+        (failure, hooks), cancelled = await finish(plan, forward=forward)
+    else:
+        failure, hooks = await arun(plan)
+    if hooks:
+        try:
+            await asettle(hooks, error or failure, cancelled)
+        except asyncio.CancelledError:
+            if error is None and failure is None:
+                raise
+    raise_first(failure, error, title)
+    if cancelled is not None and error is None:
+        raise cancelled  # an error of the user's stays on top
+
+
+def raise_first(failure: BaseException | None, error: BaseException | None, title: Callable[[], str]) -> None:
+    """Let the first error through: the user's, if there is one; then `failure` is a note of its."""
+    if failure is None:
+        return
+    if error is None or not isinstance(failure, Exception):
+        raise failure
+    error.add_note(f"and {title()} failed to give back what it held: {failure!r}")
