@@ -5,6 +5,8 @@ ARGS ?=
 UPGRADE ?=
 
 export UV_PYTHON_DOWNLOADS = never
+# Once per environment, instead of at the start of every process that a test runs, where Python may not write caches.
+export UV_COMPILE_BYTECODE = 1
 
 BIN := .venv/bin
 LOCKS := requirements/uv.txt requirements/dev.txt
@@ -12,12 +14,15 @@ CHECKED := src $(wildcard examples typing_tests) scripts tests/support
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command 'make lock' $(UPGRADE)
 
-.PHONY: help demo test lint format bench matrix check lock clean
+.PHONY: help demo example test lint format bench matrix check lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
-demo: .venv/ready  ## run examples/bank.py; ARGS='--async' goes to it
+demo: .venv/ready  ## run dbscope demo; ARGS='--unprotected' goes to it
+	@$(BIN)/dbscope demo $(ARGS)
+
+example: .venv/ready  ## run examples/bank.py; ARGS='--async' goes to it
 	@$(BIN)/python examples/bank.py $(ARGS)
 
 test: .venv/ready  ## run the suite; ARGS='-k scope' picks tests

@@ -1,0 +1,5 @@
+"""The command `dbscope`."""
+
+from dbscope.cli.main import main
+
+__all__ = ["main"]
