@@ -13,6 +13,7 @@ from benchmarks import memory, report
 from benchmarks.measure import Missing, measure, pin
 from benchmarks.report import Figure, Outcome, Screen
 from benchmarks.rows import Server, rows
+from benchmarks.web import web_rows
 
 CYCLES = 1_000_000
 SCOPES = 20_000
@@ -68,10 +69,11 @@ def wanted(name: str, pattern: str | None) -> bool:
 
 def timed(options: argparse.Namespace, stack: ExitStack, screen: Screen) -> Iterator[Outcome]:
     """The rows that are timed."""
-    for row, place in rows(Server(stack)):
+    server = Server(stack)
+    for row, place in [*rows(server), *web_rows(server)]:
         if not wanted(row.name, options.rows):
             continue
-        outcome = Outcome(row.name, row.target, note=row.note)
+        outcome = Outcome(row.name, row.target, "us" if row.adds else "", note=row.note)
 
         def progress(done: int, name: str = row.name) -> None:
             screen.progress(f"{name}: round {done} of {options.rounds}")

@@ -59,6 +59,7 @@ class Row:
         sql: it runs SQL.
         waits: it waits for a server or a disk, so that the clock on the wall counts; elsewhere the thread's time on
             the CPU does, which other processes disturb less.
+        adds: what counts is not the ratio but what dbscope adds, in microseconds.
     """
 
     name: str
@@ -67,12 +68,16 @@ class Row:
     steps: int = 0
     sql: bool = False
     waits: bool = False
+    adds: bool = False
     note: str = ""
 
 
 @dataclass
 class Result:
-    """What one contender needed, in seconds for each run of its code, and compared with the last one's."""
+    """What one contender needed, in seconds for each run of its code, and compared with the last one's.
+
+    The comparison is a ratio, or in a row that says so the difference in microseconds.
+    """
 
     contender: Contender
     seconds: list[float]
@@ -119,7 +124,11 @@ def measure(row: Row, rounds: int, names: dict[str, Any], progress: Callable[[in
                 one.finish()
     base = slices[-1].seconds
     return [
-        Result(one.contender, one.seconds, [mine / its for mine, its in zip(one.seconds, base, strict=True)])
+        Result(
+            one.contender,
+            one.seconds,
+            [(mine - its) * 1e6 if row.adds else mine / its for mine, its in zip(one.seconds, base, strict=True)],
+        )
         for one in slices
     ]
 

@@ -21,7 +21,7 @@ class Figure:
     name: str
     code: str
     ends: str
-    value: float  # what is compared with the target: a ratio, or bytes
+    value: float  # what is compared with the target: a ratio, bytes, or microseconds
     spread: str  # smallest, first quartile, third quartile
     absolute: str
 
@@ -161,7 +161,7 @@ def as_markdown(outcomes: list[Outcome], where: str, rounds: int) -> str:
             continue
         mine, *others = row.figures
         rest = ", ".join(f"{one.name} {number(one.value, row.unit)}" for one in others)
-        if others and not row.unit:
+        if others and row.unit != "B":
             rest += f" ({others[-1].absolute})"
         reached = number(mine.value, row.unit)
         lines.append(

@@ -220,6 +220,7 @@ class Server:
 # -- the rows ----------------------------------------------------------------------------------------------------------
 
 Place = Callable[[], Any]  # makes the names
+UPDATE = " as session:\n    session.get(Account, 1).balance += 1"
 IN_SCOPE = "scope().__enter__()\ndb.session()"
 IN_REQUEST = "model.set_request_id('r')\nmodel.session()"
 
@@ -331,11 +332,51 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
             on_sqlite,
         ),
         (Row("scope and SELECT, PostgreSQL", selects(), sql=True, waits=True), server.sync),
+        (Row("`reader(autocommit=True)` and SELECT, PostgreSQL", readers(), 0.70, sql=True, waits=True), server.sync),
+        (
+            Row(
+                "`reader(autocommit=True)` and SELECT, PostgreSQL, async",
+                [
+                    Contender(
+                        "dbscope",
+                        "async with adb.reader(autocommit=True) as session:\n    await session.scalar(BALANCE)",
+                        "end of the reader: nothing was begun",
+                        is_async=True,
+                    ),
+                    Contender(
+                        "dbscope, reader()",
+                        "async with adb.reader() as session:\n    await session.scalar(BALANCE)",
+                        "end of the reader: rolls back",
+                        is_async=True,
+                    ),
+                    Contender(
+                        "async with AsyncSession",
+                        "async with amaker() as session:\n    await session.scalar(BALANCE)",
+                        "close, shielded: rolls back",
+                        is_async=True,
+                    ),
+                ],
+                0.63,
+                sql=True,
+                waits=True,
+            ),
+            server.asynchronous,
+        ),
         (
             Row("block with an UPDATE, SQLite", updates(), sql=True, waits=True, note="BEGIN IMMEDIATE for all"),
             on_sqlite,
         ),
         (Row("block with an UPDATE, PostgreSQL", updates(), sql=True, waits=True), server.sync),
+        (
+            Row(
+                'block with an UPDATE, `outcome="resolve"`, PostgreSQL',
+                resolved(),
+                sql=True,
+                waits=True,
+                note="the transaction's id, before the COMMIT, is a trip more",
+            ),
+            server.sync,
+        ),
         (
             Row(
                 "scope, ORM get and commit, PostgreSQL, async",
@@ -391,10 +432,34 @@ def selects(*, recipe: bool = False) -> list[Contender]:
     ]
 
 
+def readers() -> list[Contender]:
+    """The same in readers."""
+    return [
+        Contender(
+            "dbscope",
+            "with db.reader(autocommit=True) as session:\n    session.scalar(BALANCE)",
+            "end of the reader: nothing was begun",
+        ),
+        Contender(
+            "dbscope, reader()",
+            "with db.reader() as session:\n    session.scalar(BALANCE)",
+            "end of the reader: rolls back",
+        ),
+        Contender("with Session", "with Session(engine) as session:\n    session.scalar(BALANCE)", "close: rolls back"),
+    ]
+
+
 def updates() -> list[Contender]:
     """A managed block that changes a row through the ORM."""
-    block = " as session:\n    session.get(Account, 1).balance += 1"
     return [
-        Contender("dbscope", f"with db.transaction(){block}", "commit"),
-        Contender("sessionmaker.begin()", f"with writing.begin(){block}", "commit"),
+        Contender("dbscope", f"with db.transaction(){UPDATE}", "commit"),
+        Contender("sessionmaker.begin()", f"with writing.begin(){UPDATE}", "commit"),
+    ]
+
+
+def resolved() -> list[Contender]:
+    """What it costs to be able to ask what became of a commit, against the same block without."""
+    return [
+        Contender("dbscope, resolving", f'with db.transaction(outcome="resolve"){UPDATE}', "commit, its id known"),
+        Contender("dbscope", f"with db.transaction(){UPDATE}", "commit"),
     ]
