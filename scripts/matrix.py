@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 UV = ROOT / ".venv" / "bin" / "uv"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
-TIME_LIMIT = 600.0  # seconds for one run of the suite: a deadlock must not hold up the machine that runs this
+TIME_LIMIT = 900.0  # seconds for one run, which takes two minutes: a deadlock must not hold up this machine for ever
+PROGRAMS = "60"  # of the state machine on each database: `make test` looks for new ones, these set-ups only differ
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class SetUp:
     requirements: str = "dev.txt"
     overlay: str | None = None
     extras: bool = True
-    required: bool = True  # a newer Python is reported, and fails nothing yet: the tests of forks still hang on 3.13
 
     @property
     def folder(self) -> Path:
@@ -56,7 +56,9 @@ class SetUp:
 
     def run(self) -> tuple[bool, str]:
         """Run the suite; return whether it passed, and what it printed."""
-        environment = os.environ | ({} if self.extras else {"DBSCOPE_NO_EXTRAS": "1"})
+        environment = {"DBSCOPE_MACHINE_EXAMPLES": PROGRAMS} | os.environ
+        if not self.extras:
+            environment["DBSCOPE_NO_EXTRAS"] = "1"
         try:
             done = captured([self.prepare(), "-m", "pytest", "-n", "logical"], env=environment, timeout=TIME_LIMIT)
         except subprocess.CalledProcessError as failure:
@@ -114,7 +116,7 @@ def main() -> int:
         if version == HERE:
             continue
         if python := find(version):
-            setups.append(SetUp(f"python{version}", f"Python {version}", python, required=False))
+            setups.append(SetUp(f"python{version}", f"Python {version}", python))
         else:
             print(f"  {'Python ' + version:<24} not found on this machine", flush=True)
     failed = 0
@@ -126,9 +128,9 @@ def main() -> int:
         lines = output.strip().splitlines() or ["no output"]
         print(f"{'ok' if passed else 'FAILED':<8}{seconds:6.1f} s   {lines[-1].strip(' =')}", flush=True)
         if not passed:
-            failed += setup.required
+            failed += 1
             print("\n".join(f"    | {line}" for line in lines), flush=True)
-    print(f"{len(setups) - failed} of {len(setups)} set-ups passed, or are reported only")
+    print(f"{len(setups) - failed} of {len(setups)} set-ups passed")
     return 1 if failed else 0
 
 
