@@ -33,13 +33,18 @@ class Memory:
     """
 
     def __init__(self, url: URL) -> None:
-        name = f"file:dbscope-{uuid.uuid4().hex}"
-        self.url = url.set(database=name, query={"mode": "memory", "cache": "shared", "uri": "true"})
-        self._keeper = sqlite3.connect(f"{name}?mode=memory&cache=shared", uri=True, check_same_thread=False)
+        self._name = f"file:dbscope-{uuid.uuid4().hex}"
+        self.url = url.set(database=self._name, query={"mode": "memory", "cache": "shared", "uri": "true"})
+        self._keeper: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Keep the data, until `close`."""
+        self._keeper = sqlite3.connect(f"{self._name}?mode=memory&cache=shared", uri=True, check_same_thread=False)
 
     def close(self) -> None:
         """Let the data go."""
-        self._keeper.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
 
 def pool_options(url: URL, memory: Memory | None) -> dict[str, Any]:
@@ -52,6 +57,8 @@ def pool_options(url: URL, memory: Memory | None) -> dict[str, Any]:
 
 def set_up(engine: Engine, memory: Memory | None) -> None:
     """Foreign keys are enforced; files use write-ahead logging, so that readers and the one writer do not block."""
+    if memory is not None:
+        memory.open()
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, record: object) -> None:
