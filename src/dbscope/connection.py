@@ -1,12 +1,15 @@
 """The connection that a session took: its own commit and rollback are no way around the owner of the transaction."""
 
 import contextlib
+from typing import Any, NoReturn
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
 from dbscope.aborted import Failure, refuse_aborted
 from dbscope.errors import DBScopeError
+from dbscope.interrupt import is_of_signal, swallowed
 from dbscope.lifecycle import Doom, Lifecycle
 from dbscope.outcome import commit
 from dbscope.where import here
@@ -26,6 +29,47 @@ class OwnedConnection(Connection):
     _failed: Failure | None = None  # the statement that the transaction failed with
     _committing = False  # the COMMIT is under way
     _lost = False  # and the connection was lost meanwhile
+    _cut = False  # because the call was cut short, by what the user gets to see
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        try:
+            super().__init__(*args, **options)
+        except BaseException as error:
+            # It was taken from the pool, and cut while it was set up: nobody else will give it back.
+            taken = getattr(self, "_dbapi_connection", None)
+            if taken is not None and taken.is_valid:
+                taken.invalidate(error)
+            raise
+
+    def close(self) -> None:
+        """Close as `Connection.close`; what a signal's handler raises meanwhile comes out."""
+        swallowed.clear()
+        taken = getattr(self, "_dbapi_connection", None)  # there is none once it is closed, or invalidated
+        try:
+            super().close()
+        except BaseException as error:
+            record = getattr(taken, "_connection_record", None)
+            if record is not None and not record.in_use:  # cut while it went back, and the pool would miss it for ever
+                record._checkin_failed(error, _fairy_was_created=False)
+            raise
+        if swallowed:
+            raise swallowed.pop()
+
+    def _handle_dbapi_exception(self, e: BaseException, *args: Any, **options: Any) -> NoReturn:
+        try:
+            super()._handle_dbapi_exception(e, *args, **options)
+        except StatementError:  # before a statement is sent SQLAlchemy wraps whatever is raised
+            if not is_of_signal(e):
+                raise
+        raise e
+
+    def _safe_close_cursor(self, cursor: Any) -> None:
+        try:
+            cursor.close()
+        except Exception as error:
+            if is_of_signal(error):
+                raise
+            self.engine.pool.logger.error("error closing a cursor", exc_info=True)  # as SQLAlchemy's own does
 
     def commit(self) -> None:
         """Commit as `Connection.commit`; refused in a managed transaction."""

@@ -1,10 +1,12 @@
 """The end of a scope or a block: its plan, then the hooks that are due, then the first error."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
 from dbscope.hooks import Hook, asettle, settle
+from dbscope.interrupt import is_of_signal
 from dbscope.plan import Plan, arun, finish, run
 
 __all__ = ["Ending", "aend", "end", "raise_first"]
@@ -36,6 +38,8 @@ async def aend(
     cancelled: asyncio.CancelledError | None = None
     if holds:
         (failure, hooks), cancelled = await finish(plan, forward=forward)
+        if cancelled is not None and isinstance(failure, asyncio.CancelledError):
+            failure = _known_again(cancelled, failure)
     else:
         failure, hooks = await arun(plan)
     if hooks:
@@ -45,14 +49,35 @@ async def aend(
             if error is None and failure is None:
                 raise
     raise_first(failure, error, title)
-    if cancelled is not None and error is None:
-        raise cancelled  # an error of the user's stays on top
+    if cancelled is not None:
+        if error is None:
+            raise cancelled
+        _cancel_again(cancelled)
 
 
 def raise_first(failure: BaseException | None, error: BaseException | None, title: Callable[[], str]) -> None:
     """Let the first error through: the user's, if there is one; then `failure` is a note of its."""
     if failure is None:
         return
-    if error is None or not isinstance(failure, Exception):
+    if error is None or not isinstance(failure, Exception) or is_of_signal(failure):
         raise failure
     error.add_note(f"and {title()} failed to give back what it held: {failure!r}")
+
+
+def _known_again(cancelled: asyncio.CancelledError, forwarded: asyncio.CancelledError) -> asyncio.CancelledError:
+    """The cancel as whoever cancelled knows it (AnyIO, by its message), with what is told of the one it became."""
+    cancelled.__context__ = forwarded
+    for note in getattr(forwarded, "__notes__", ()):
+        cancelled.add_note(note)
+    return cancelled
+
+
+def _cancel_again(cancelled: asyncio.CancelledError) -> None:
+    """An error of the user's stays on top, and the cancel is to come at the next await, as in Python 3.13's TaskGroup.
+
+    Before 3.13 a cancel cannot be taken back: the next await of a task that has handled both might get it, long after.
+    """
+    task = asyncio.current_task()
+    if sys.version_info >= (3, 13) and task is not None and task.cancelling():
+        task.uncancel()
+        task.cancel(*cancelled.args)

@@ -15,6 +15,7 @@ from dbscope import sqlite
 from dbscope.aborted import note_failure
 from dbscope.connection import OwnedConnection
 from dbscope.errors import DBScopeError
+from dbscope.interrupt import before_closing, hidden, is_cut
 from dbscope.lifecycle import Source
 from dbscope.outcome import is_lost
 from dbscope.session import ScopedSession
@@ -138,9 +139,15 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
 
 def on_error(context: ExceptionContext) -> None:
     """A statement failed, or what begins or ends a transaction; fetching rows, too."""
+    if (first := hidden(context)) is not None:
+        raise first
     connection = context.connection
+    if cut := is_cut(context):
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False  # the other connections are as they were
     if isinstance(connection, OwnedConnection) and connection._life is not None:
         if connection._committing:
+            connection._cut = cut
             connection._lost = is_lost(context)
         else:
             connection._failed = note_failure(context, connection._failed)
@@ -174,3 +181,4 @@ def instrument_engine(engine: Engine, *, own_begin: bool) -> None:
     for name, listener in _WATCH[before_sqlite_statement if own_begin else before_statement].items():
         event.listen(engine, name, listener)
     event.listen(engine, "handle_error", on_error)
+    event.listen(engine, "invalidate", before_closing(engine.dialect))

@@ -6,12 +6,11 @@ whether it is the one that is waited for.
 """
 
 import asyncio
-import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
-from dbscope.where import running_loop
+from dbscope.where import in_greenlet, running_loop
 
 __all__ = ["LockWatch", "ask", "knows_waits"]
 
@@ -62,7 +61,7 @@ class LockWatch:
         self.blocked_by: Any = None  # the connection that holds the lock
         self._over = False
         loop = running_loop()
-        if loop is not None and _in_greenlet():
+        if loop is not None and in_greenlet():
             self._task: asyncio.Task[None] | None = loop.create_task(self._awatch())
             self._stop: Callable[[], object] = self._task.cancel
         else:
@@ -100,8 +99,3 @@ class LockWatch:
         while pause is not None:
             await asyncio.sleep(pause)
             pause = await greenlet_spawn(next, looks, None)
-
-
-def _in_greenlet() -> bool:
-    module = sys.modules.get("greenlet")
-    return module is not None and module.getcurrent().parent is not None

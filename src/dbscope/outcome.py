@@ -53,6 +53,7 @@ class Committing(Protocol):
 
     _committing: bool
     _lost: bool
+    _cut: bool
 
 
 def commit(connection: Any, life: Lifecycle, send: Callable[[], None]) -> None:
@@ -73,13 +74,11 @@ def commit(connection: Any, life: Lifecycle, send: Callable[[], None]) -> None:
         try:
             send()
         except Exception as error:
-            if not connection._lost:
+            if not connection._lost or connection._cut:
                 raise
             _settle(connection, life, receipt, error)
-    except Exception:
-        raise
     except BaseException as error:  # a cancel, a signal, be it while asking: it is the user's, and stays what it is
-        if connection._lost:
+        if connection._lost and (connection._cut or not isinstance(error, Exception)):
             life.forget_hooks()
             error.add_note(f"{life.the_commit()} was under way: whether it has happened is unknown")
         raise

@@ -127,7 +127,7 @@ async def off_loop(function: Callable[[], T], *, lasting: bool = False) -> T:
     context = _ours()
     work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
     if lasting:
-        await _outlast(work, forward=False)
+        await outlast(work, forward=False)
         return work.result()
     return await to_completion(work)
 
@@ -142,7 +142,7 @@ def _ours() -> contextvars.Context:
 
 async def to_completion(work: "asyncio.Future[T]") -> T:
     """Wait for `work` until it is done, however often this task is cancelled meanwhile; then cancel."""
-    cancelled = await _outlast(work, forward=False)
+    cancelled = await outlast(work, forward=False)
     if cancelled is None:
         return work.result()
     if not work.cancelled() and work.exception() is not None:
@@ -161,11 +161,11 @@ async def finish(plan: Plan[T], *, forward: bool) -> tuple[T, asyncio.CancelledE
         the plan's result, and the cancel that is still to be raised, if there was one.
     """
     work = asyncio.get_running_loop().create_task(arun(plan, lasting=True), context=_ours())
-    cancelled = await _outlast(work, forward=forward)
+    cancelled = await outlast(work, forward=forward)
     return work.result(), cancelled
 
 
-async def _outlast(work: "asyncio.Future[T]", *, forward: bool) -> asyncio.CancelledError | None:
+async def outlast(work: "asyncio.Future[T]", *, forward: bool) -> asyncio.CancelledError | None:
     """Wait until `work` is done; the last cancel of this task, if there was one.
 
     One `asyncio.shield` is not enough: a second cancel (AnyIO cancels again and again) would leave the work behind.

@@ -133,6 +133,12 @@ def is_over(who: Worker) -> bool:
 on_behalf: ContextVar[Worker | None] = ContextVar("dbscope.on_behalf", default=None)
 
 
+def in_greenlet() -> bool:
+    """Whether this code runs in a greenlet that is not the thread's own, as what SQLAlchemy awaits does."""
+    module = sys.modules.get("greenlet")
+    return module is not None and module.getcurrent().parent is not None
+
+
 def task_now() -> asyncio.Task[Any] | None:
     """The running task, if a loop is running in this thread."""
     loop = running_loop()
