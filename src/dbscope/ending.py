@@ -38,8 +38,6 @@ async def aend(
     cancelled: asyncio.CancelledError | None = None
     if holds:
         (failure, hooks), cancelled = await finish(plan, forward=forward)
-        if cancelled is not None and isinstance(failure, asyncio.CancelledError):
-            failure = _known_again(cancelled, failure)
     else:
         failure, hooks = await arun(plan)
     if hooks:
@@ -62,14 +60,6 @@ def raise_first(failure: BaseException | None, error: BaseException | None, titl
     if error is None or not isinstance(failure, Exception) or is_of_signal(failure):
         raise failure
     error.add_note(f"and {title()} failed to give back what it held: {failure!r}")
-
-
-def _known_again(cancelled: asyncio.CancelledError, forwarded: asyncio.CancelledError) -> asyncio.CancelledError:
-    """The cancel as whoever cancelled knows it (AnyIO, by its message), with what is told of the one it became."""
-    cancelled.__context__ = forwarded
-    for note in getattr(forwarded, "__notes__", ()):
-        cancelled.add_note(note)
-    return cancelled
 
 
 def _cancel_again(cancelled: asyncio.CancelledError) -> None:

@@ -125,6 +125,7 @@ def _aiosqlite(driver: Any) -> None:
         if running:  # only then: while a cursor has rows to give, SQLite would interrupt the rollback, too
             await driver.interrupt()
         await undone
+        await driver.close()  # in its thread, too, which takes a lock for a moment
 
     _to_its_end(stop)
 

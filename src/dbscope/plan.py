@@ -176,7 +176,7 @@ async def outlast(work: "asyncio.Future[T]", *, forward: bool) -> asyncio.Cancel
             await asyncio.shield(work)
         except asyncio.CancelledError as error:
             if cancelled is None and forward and not work.done():
-                work.cancel()
+                work.cancel(*error.args)  # with the message by which AnyIO knows its own
             cancelled = error
         except BaseException:  # the work's own error, which its result tells
             break

@@ -62,15 +62,11 @@ def set_up(engine: Engine, memory: Memory | None) -> None:
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, record: object) -> None:
-        try:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA foreign_keys = ON")
-            if memory is None:
-                cursor.execute("PRAGMA journal_mode = WAL")
-            cursor.close()
-        except BaseException:
-            engine.dialect.do_terminate(connection)  # no pool knows it yet
-            raise
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys = ON")
+        if memory is None:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.close()
 
 
 def set_until_returned(connection: Connection, pragma: str, value: int) -> None:

@@ -38,6 +38,7 @@ class Awaits:
         before = loop.get_task_factory()
 
         def factory(loop: Any, coroutine: Any, **options: Any) -> Any:
+            options.setdefault("name", repr(coroutine))
             return asyncio.Task(self._counted(coroutine), loop=loop, **options)
 
         loop.set_task_factory(factory)
@@ -72,6 +73,9 @@ class _Steps:
             self.step()
             try:
                 value, error = (yield waits_for), None
+            except GeneratorExit:
+                self.work.close()
+                raise
             except BaseException as thrown:
                 value, error = None, thrown
 
