@@ -5,14 +5,20 @@ point later each time, until it comes to its end unharmed; how many there were i
 """
 
 import asyncio
+import contextlib
+import contextvars
 import gc
 import itertools
+import signal
+import sys
+import threading
 
 import pytest
 from sqlalchemy import NullPool, create_engine, event, make_url, select, text
+from sqlalchemy.exc import OperationalError
 
 import dbscope
-from dbscope import current_scope, scope
+from dbscope import connection, current_scope, plan, scope
 from tests.support import needs
 from tests.support.kits import LIMIT, Account, Base, Payment
 from tests.support.strikes import Awaits, Calls, Lines
@@ -88,6 +94,7 @@ WORK = [block, plain, on_success, failing, reading, hooked]
 
 
 def sync_block(db):
+    """`block`, in sync."""
     with db.transaction() as session:
         session.get(Account, 1).balance += 1
         session.flush()
@@ -97,6 +104,7 @@ def sync_block(db):
 
 
 def sync_plain(db):
+    """`plain`, in sync."""
     with scope():
         session = db.session()
         session.get(Account, 1).balance += 1
@@ -106,12 +114,14 @@ def sync_plain(db):
 
 
 def sync_on_success(db):
+    """`on_success`, in sync."""
     with scope(commit="on-success"):
         db.session().add(Payment())
         db.session().get(Account, 1).balance += 1
 
 
 def sync_failing(db):
+    """`failing`, in sync."""
     try:
         with db.transaction() as session:
             session.add(Payment())
@@ -122,6 +132,7 @@ def sync_failing(db):
 
 
 def sync_reading(db):
+    """`reading`, in sync."""
     with db.reader() as session:
         session.execute(select(Account)).all()
 
@@ -133,18 +144,23 @@ SYNC_WORK = [sync_block, sync_plain, sync_on_success, sync_failing, sync_reading
 
 
 class Check:
-    """What must hold after a strike, whatever it hit."""
+    """What must hold after a strike, whatever it hit; asked of the database on a connection of its own."""
 
     def __init__(self, db, url):
         self.db = db
-        self.outside = create_engine(url, poolclass=NullPool, connect_args=self.at_once(url))
-        Base.metadata.create_all(self.outside)
-        with self.outside.begin() as connection:
-            connection.execute(Account.__table__.insert().values(id=1, name="a", balance=0))
+        # A connection that is closed in its own thread takes SQLite's lock for a moment.
+        limit = {"timeout": 1.0} if make_url(url).get_backend_name() == "sqlite" else {}
+        outside = create_engine(url, poolclass=NullPool, connect_args=limit)
+        Base.metadata.create_all(outside)
+        self.outside = outside.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if outside.dialect.name == "sqlite":  # thousands of commits, none of which has to outlive this machine
 
-    def at_once(self, url):
-        # A connection that is closed in its own thread takes a lock for a moment.
-        return {"timeout": 2.0} if make_url(url).get_backend_name() == "sqlite" else {}
+            @event.listens_for(db._sync_engine, "connect")
+            def connect(raw, _):
+                raw.cursor().execute("PRAGMA synchronous = OFF")
+
+            self.outside.exec_driver_sql("PRAGMA synchronous = OFF")
+        self.outside.execute(Account.__table__.insert().values(id=1, name="a", balance=0))
 
     def nothing_is_held(self):
         """Nothing is checked out, no scope is left, and no lock on the server."""
@@ -154,29 +170,29 @@ class Check:
         self.nothing_is_locked()
 
     def nothing_is_locked(self):
+        """No transaction is open, and no statement runs: soon, for the server reads a connection's end after us."""
         if self.outside.dialect.name == "sqlite":
-            with self.outside.connect() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            self.outside.exec_driver_sql("BEGIN IMMEDIATE")
+            self.outside.exec_driver_sql("ROLLBACK")
             return
         busy = text(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
             "AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'"
         )
-        with self.outside.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for _ in range(5_000):  # the server reads a connection's end after us
-                if connection.scalar(busy) == 0:
-                    return
-        raise AssertionError("a transaction is still open on the server")
+        assert any(self.outside.scalar(busy) == 0 for _ in range(5_000)), "a transaction is open on the server"
 
     def rows(self):
-        with self.outside.connect() as connection:
-            payments = len(connection.execute(select(Payment)).all())
-            return payments, connection.scalar(select(Account.balance))
+        """How many payments there are, and the account's balance."""
+        payments = len(self.outside.execute(select(Payment)).all())
+        return payments, self.outside.scalar(select(Account.balance))
 
     def reset(self):
-        with self.outside.begin() as connection:
-            connection.execute(Payment.__table__.delete())
-            connection.execute(Account.__table__.update().values(balance=0))
+        """As before the work."""
+        self.outside.execute(Payment.__table__.delete())
+        self.outside.execute(Account.__table__.update().values(balance=0))
+
+    def close(self):
+        self.outside.close()
 
 
 def whole(check, work):
@@ -253,49 +269,86 @@ def by_anyio(awaits, work):
     return run()
 
 
+async def cancelled_everywhere(url, strike, works, *, cold=False):
+    """Cancel the work at each of its awaits, one run for each; how many there are, and what was wrong afterwards."""
+    db = dbscope.AsyncDatabase(url, pool_size=2, max_overflow=0, pool_timeout=LIMIT)
+    check = Check(db, sync_of(url))
+    points, problems = 0, []
+    for work in works:
+        if work is not failing:
+            await work(db)  # the first time SQLAlchemy asks the server what it is
+        for at in itertools.count(1):
+            check.reset()
+            if cold:
+                await db.engine.dispose()
+            awaits = Awaits(at, lambda: None)
+            try:
+                came_out = await strike(awaits, work(db))
+            except TheWorksOwn:
+                came_out = True
+            try:
+                assert came_out or not awaits.has_struck, "the cancel is lost"
+                check.nothing_is_held()
+                whole(check, work)
+                await reading(db)
+            except BaseException as error:
+                problems.append(f"{work.__name__}, await {at}: {type(error).__name__}: {error}")
+                await db.engine.dispose()
+            if not awaits.has_struck:
+                break
+            points += 1
+    check.close()
+    await db.dispose()
+    return points, problems
+
+
+def interrupted_everywhere(url, errors, works, *, cold=False):
+    """Interrupt the work at each call of the driver; how many there are, and what was wrong afterwards."""
+    db = dbscope.Database(url, pool_size=2, max_overflow=0, pool_timeout=LIMIT)
+    check = Check(db, url)
+    points, problems = 0, []
+    for work in works:
+        work(db)
+        for at in itertools.count(1):
+            check.reset()
+            if cold:
+                db.engine.dispose()
+            raised = errors[at % len(errors)]("struck")
+            came_out = None
+            try:
+                with Calls(at, raised, package_of(url)) as calls:
+                    work(db)
+            except BaseException as caught:
+                came_out = caught
+            try:
+                assert came_out is raised or not calls.has_struck, f"the exception is lost: {came_out!r}"
+                check.nothing_is_held()
+                whole(check, work)
+                sync_reading(db)
+            except BaseException as problem:
+                problems.append(f"{work.__name__}, call {at}: {type(problem).__name__}: {problem}")
+                db.engine.dispose()
+            if not calls.has_struck:
+                break
+            points += 1
+    check.close()
+    db.dispose()
+    return points, problems
+
+
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize("strike", [by_task, by_timeout, by_anyio])
 def test_transactions_9_cancelled_at_every_await(async_url, strike, cold, record_property):
     """A cancel at any await, of the work's task or of dbscope's own."""
-
-    async def main():
-        db = dbscope.AsyncDatabase(async_url, pool_size=2, max_overflow=0, pool_timeout=LIMIT)
-        check = Check(db, sync_of(async_url))
-        points, problems = 0, []
-        for work in WORK[:1] if cold else WORK:
-            if work is not failing:
-                await work(db)  # the first time SQLAlchemy asks the server what it is
-            for at in itertools.count(1):
-                check.reset()
-                if cold:
-                    await db.engine.dispose()
-                awaits = Awaits(at, lambda: None)
-                try:
-                    came_out = await strike(awaits, work(db))
-                except TheWorksOwn:
-                    came_out = True
-                where = f"{work.__name__}, await {at}"
-                try:
-                    assert came_out or not awaits.has_struck, "the cancel is lost"
-                    check.nothing_is_held()
-                    whole(check, work)
-                    await reading(db)
-                except BaseException as error:
-                    problems.append(f"{where}: {type(error).__name__}: {error}")
-                    await db.engine.dispose()
-                if not awaits.has_struck:
-                    break
-                points += 1
-        await db.dispose()
-        assert not problems, "\n".join(problems)
-        return points
-
-    record_property("points", asyncio.run(main()))
+    works = WORK[:1] if cold or strike is by_timeout else WORK
+    points, problems = asyncio.run(cancelled_everywhere(async_url, strike, works, cold=cold))
+    record_property("points", points)
+    assert not problems, "\n".join(problems)
 
 
 @pytest.fixture(params=["psycopg", "sqlite3"])
 def sync_url(request, tmp_path):
-    """The sync URL of an empty database, by each driver; and the driver's package."""
+    """The sync URL of an empty database, by each driver."""
     if request.param == "sqlite3":
         return f"sqlite:///{tmp_path / 'test.db'}"
     return request.getfixturevalue("postgres_url")
@@ -307,38 +360,176 @@ def package_of(url):
 
 
 # A connection that the driver has made, and not handed over, is the garbage collector's: psycopg mentions it.
-@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+collected = pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+
+
+def chain_of(error):
+    """An exception, and those that it was raised from, or while they were handled."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@collected
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-@pytest.mark.parametrize("error", [SoftTimeLimit, KeyboardInterrupt, SystemExit])
-def test_transactions_9_interrupted_at_every_call_of_the_driver(sync_url, error, cold, record_property):
+@pytest.mark.parametrize("errors", [[SoftTimeLimit], [KeyboardInterrupt, SystemExit]], ids=["limit", "exit"])
+def test_transactions_9_interrupted_at_every_call_of_the_driver(sync_url, errors, cold, record_property):
     """An exception out of a signal's handler, just before or after any call of the driver's."""
-    db = dbscope.Database(sync_url, pool_size=2, max_overflow=0, pool_timeout=LIMIT)
-    check = Check(db, sync_url)
-    points, problems = 0, []
-    for work in SYNC_WORK[:1] if cold else SYNC_WORK:
-        work(db)
-        for at in itertools.count(1):
-            check.reset()
-            if cold:
-                db.engine.dispose()
-            raised = error("struck")
-            came_out = None
-            try:
-                with Calls(at, raised, package_of(sync_url)) as calls:
-                    work(db)
-            except BaseException as caught:
-                came_out = caught
-            try:
-                assert came_out is raised or not calls.has_struck, "the exception is lost"
-                check.nothing_is_held()
-                whole(check, work)
-                sync_reading(db)
-            except BaseException as problem:
-                problems.append(f"{work.__name__}, call {at}: {type(problem).__name__}: {problem}")
-                db.engine.dispose()
-            if not calls.has_struck:
-                break
-            points += 1
-    db.dispose()
+    works = SYNC_WORK[:1] if cold else SYNC_WORK
+    points, problems = interrupted_everywhere(sync_url, errors, works, cold=cold)
+    record_property("points", points)
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        (connection.OwnedConnection, "close"),
+        (connection.OwnedConnection, "_safe_close_cursor"),
+        (connection.OwnedConnection, "_handle_dbapi_exception"),
+    ],
+    ids=lambda pair: pair[1],
+)
+def test_transactions_9_a_missing_protection_is_found(postgres_url, without, monkeypatch):
+    """The search above is worth something: it finds each protection that is taken away."""
+    monkeypatch.delattr(*without)
+    _, problems = interrupted_everywhere(postgres_url, [SoftTimeLimit], [sync_reading])
+    assert problems
+
+
+async def impatient(work, *, forward):
+    """As `outlast` without its loop: one shield, as everybody writes it."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError as error:
+        return error
+
+
+def test_transactions_9_one_shield_is_found_to_be_not_enough(async_url, monkeypatch):
+    """AnyIO cancels again and again: what waits only once leaves its work behind."""
+    monkeypatch.setattr(plan, "outlast", impatient)
+    with contextlib.suppress(Exception):  # it is in no state to be disposed of
+        _, problems = asyncio.run(cancelled_everywhere(async_url, by_anyio, [block]))
+        assert problems
+
+
+# -- a statement that runs ---------------------------------------------------------------------------------------------
+
+SLEEP = text("SELECT pg_sleep(60)")
+FOR_EVER = text("WITH RECURSIVE n(i) AS (SELECT started() UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n")
+
+
+def runs(check, started):
+    """Wait until the statement is running, on the server or in the driver's thread."""
+    if check.outside.dialect.name == "sqlite":
+        assert started.wait(LIMIT)
+        return
+    sleeps = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'")
+    assert any(check.outside.scalar(sleeps) for _ in range(100_000)), "it does not run"
+
+
+@pytest.mark.parametrize("strike", [by_task, by_timeout, by_anyio])
+def test_transactions_9_the_running_statement_is_cancelled(async_url, strike):
+    """The server stops it, and its transaction's locks are gone when the block is left."""
+    started = threading.Event()
+
+    async def main():
+        db = dbscope.AsyncDatabase(async_url)
+        check = Check(db, sync_of(async_url))
+        if check.outside.dialect.name == "sqlite":
+
+            @event.listens_for(db.engine.sync_engine, "connect")
+            def connect(raw, _):
+                raw.create_function("started", 0, lambda: started.set() or 1)
+
+        async def work():
+            async with db.transaction() as session:
+                (await session.get(Account, 1)).balance += 1
+                await session.flush()
+                await session.execute(FOR_EVER if check.outside.dialect.name == "sqlite" else SLEEP)
+
+        awaits = Awaits(1_000_000, lambda: None)
+
+        async def when_it_runs():
+            await asyncio.to_thread(runs, check, started)
+            awaits.strike()
+
+        watching = asyncio.create_task(when_it_runs())
+        assert await strike(awaits, work())
+        check.nothing_is_held()
+        await watching
+        check.close()
+        await db.dispose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [SoftTimeLimit, KeyboardInterrupt, SystemExit])
+def test_transactions_9_a_signal_cancels_the_running_statement(postgres_url, error):
+    """An exception out of a signal's handler, while the server is at work (FAILURES 12)."""
+    db = dbscope.Database(postgres_url)
+    check = Check(db, postgres_url)
+    raised = error("struck")
+
+    def strike():
+        runs(check, None)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def handler(*_):
+        raise raised
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=strike)
+    try:
+        with pytest.raises(error) as caught, db.transaction() as session:
+            session.get(Account, 1).balance += 1
+            session.flush()
+            thread.start()
+            session.execute(SLEEP)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert caught.value is raised
+    check.nothing_is_held()
+    check.close()
+    db.dispose()
+
+
+# -- between two bytecodes ---------------------------------------------------------------------------------------------
+
+
+@collected
+def test_transactions_9_between_two_lines_the_garbage_collector_is_the_net(tmp_path, record_property, monkeypatch):
+    """A signal between any two lines of ours or SQLAlchemy's: what nobody could give back goes with the exception."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's would keep what it is told of
+    url = f"sqlite:///{tmp_path / 'test.db'}"
+    db = dbscope.Database(url, pool_size=2, max_overflow=0, pool_timeout=LIMIT)
+    check = Check(db, url)
+    sync_block(db)
+    points = 0
+    for at in itertools.count(1, 31):
+        check.reset()
+        came_out = None
+        try:
+            with Lines(at, SoftTimeLimit("struck")) as lines:
+                contextvars.copy_context().run(sync_block, db)
+        except Exception as error:  # where SQLAlchemy's own clean-up was struck it may raise another
+            came_out = [SoftTimeLimit in map(type, chain_of(error))]
+        assert came_out == [True] or not lines.has_struck or lines.where == "sqlalchemy.orm.state", at
+        lines.error = None
+        if lines.where.startswith(("sqlalchemy.pool", "sqlalchemy.util.queue")):
+            # For some instructions a connection is out of the pool, and nobody's: its slot is lost, and only that.
+            db.engine.dispose()
+        try:
+            check.nothing_is_held()
+        except (AssertionError, OperationalError):
+            gc.collect()
+            check.nothing_is_held()
+        whole(check, sync_block)
+        sync_reading(db)
+        if not lines.has_struck:
+            break
+        points += 1
+    check.close()
+    db.dispose()
     record_property("points", points)

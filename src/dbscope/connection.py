@@ -1,6 +1,5 @@
 """The connection that a session took: its own commit and rollback are no way around the owner of the transaction."""
 
-import contextlib
 from typing import Any, NoReturn
 
 from sqlalchemy.engine import Connection
@@ -46,6 +45,8 @@ class OwnedConnection(Connection):
         swallowed.clear()
         taken = getattr(self, "_dbapi_connection", None)  # there is none once it is closed, or invalidated
         try:
+            if not (self.closed or self.invalidated or self._transaction is None or self._transaction.is_active):
+                self._undo()
             super().close()
         except BaseException as error:
             record = getattr(taken, "_connection_record", None)
@@ -54,6 +55,17 @@ class OwnedConnection(Connection):
             raise
         if swallowed:
             raise swallowed.pop()
+
+    def _undo(self) -> None:
+        """Roll back what failed to commit: SQLAlchemy takes that for ended, and does not.
+
+        SQLite keeps a transaction open whose COMMIT it refused, and any may be open where a signal came before its
+        COMMIT was sent: the connection would go back into the pool with all locks.
+        """
+        try:
+            self._rollback_impl()
+        except Exception:
+            self.invalidate()  # what came first stays on top
 
     def _handle_dbapi_exception(self, e: BaseException, *args: Any, **options: Any) -> NoReturn:
         try:
@@ -84,16 +96,9 @@ class OwnedConnection(Connection):
             return
         life.refuse_stranger("a commit of the session's connection")
         life.refuse_sibling("a commit of the session's connection")
-        try:
-            if self.dialect.name == "postgresql":
-                refuse_aborted(self, self._failed, life)
-            commit(self, life, super()._commit_impl)
-        except Exception:
-            # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended: the connection
-            # would go back into the pool with the file's write lock.
-            with contextlib.suppress(Exception):
-                self._rollback_impl()
-            raise
+        if self.dialect.name == "postgresql":
+            refuse_aborted(self, self._failed, life)
+        commit(self, life, super()._commit_impl)
         for write in life.writes:
             write.over = True
         life.writes = ()

@@ -15,7 +15,7 @@ from dbscope import sqlite
 from dbscope.aborted import note_failure
 from dbscope.connection import OwnedConnection
 from dbscope.errors import DBScopeError
-from dbscope.interrupt import before_closing, hidden, is_cut
+from dbscope.interrupt import before_closing, hidden, is_cut, keep_cancel
 from dbscope.lifecycle import Source
 from dbscope.outcome import is_lost
 from dbscope.session import ScopedSession
@@ -182,3 +182,5 @@ def instrument_engine(engine: Engine, *, own_begin: bool) -> None:
         event.listen(engine, name, listener)
     event.listen(engine, "handle_error", on_error)
     event.listen(engine, "invalidate", before_closing(engine.dialect))
+    if (keep := keep_cancel(engine.dialect)) is not None:
+        event.listen(engine, "connect", keep)

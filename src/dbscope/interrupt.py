@@ -8,17 +8,18 @@ is the statement's own time-out.
 
 import asyncio
 import contextlib
+import inspect
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.engine import ExceptionContext
 
 from dbscope.plan import outlast
 from dbscope.where import in_greenlet
 
-__all__ = ["before_closing", "hidden", "is_cut", "is_of_signal", "swallowed"]
+__all__ = ["before_closing", "hidden", "is_cut", "is_of_signal", "keep_cancel", "swallowed"]
 
 LIMIT = 5.0  # seconds, to have a statement cancelled
 PATIENCE = 0.05  # seconds that SQLite's statement may still take before it is interrupted
@@ -56,7 +57,9 @@ def _code_of(handler: Any) -> Any:
     while isinstance(handler, partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)  # a method's
-    return getattr(function, "__code__", None) or getattr(getattr(type(handler), "__call__", None), "__code__", None)
+    if not inspect.isroutine(function):
+        function = getattr(type(handler), "__call__", None)  # noqa: B004  # an object that can be called
+    return getattr(function, "__code__", None)
 
 
 def hidden(context: ExceptionContext) -> BaseException | None:
@@ -82,12 +85,36 @@ def before_closing(dialect: Any) -> Callable[[Any, Any, Any], None]:
     stop = _STOPS.get(dialect.driver)
 
     def invalidated(_: Any, record: Any, error: BaseException | None) -> None:
-        if isinstance(error, Exception) and is_of_signal(error):
-            swallowed.append(error)
+        of_signal = isinstance(error, Exception) and is_of_signal(error)
+        if of_signal:
+            swallowed.append(cast("Exception", error))
         if stop is not None:
             stop(record.driver_connection)
+            if (of_signal or isinstance(error, asyncio.CancelledError)) and _CANCEL in record.info:
+                _psycopg_gave_up(record)
 
     return invalidated
+
+
+def keep_cancel(dialect: Any) -> Callable[[Any, Any], None] | None:
+    """A listener for the pool's `connect`, where there is something to keep for a later cancel.
+
+    Where psycopg's own cancel is cut short in its turn, as AnyIO does, it closes the connection and leaves the
+    statement running; from a closed connection none can be cancelled.
+    """
+
+    def connected(_: Any, record: Any) -> None:
+        record.info[_CANCEL] = record.driver_connection.pgconn.get_cancel()
+
+    return connected if dialect.driver == "psycopg" and dialect.is_async else None
+
+
+_CANCEL = "dbscope cancel"
+
+
+def _psycopg_gave_up(record: Any) -> None:
+    if record.driver_connection.closed:
+        _to_its_end(lambda: asyncio.to_thread(record.info[_CANCEL].cancel))
 
 
 def _is_active(driver: Any) -> bool:
@@ -141,7 +168,6 @@ _STOPS: dict[str, Callable[[Any], None]] = {
 def _to_its_end(stop: Callable[[], Awaitable[None]]) -> None:
     """Wait for what stops a statement, `LIMIT` at most, however often this task is cancelled meanwhile."""
     if in_greenlet():  # otherwise the garbage collector closes it, and nobody can wait
-
         from sqlalchemy.util import await_only  # there is a greenlet, or nobody could have come here
 
         async def stopped() -> None:

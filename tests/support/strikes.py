@@ -148,14 +148,18 @@ class Calls(_Signals):
 class Lines(_Signals):
     """Counts the lines of dbscope and SQLAlchemy that are executed, and has a signal's handler raise at one of them."""
 
+    where = ""  # the module that was struck
+
     def _watch(self) -> None:
         sys.settrace(self._call)
 
     def _call(self, frame: FrameType, what: str, _: Any) -> Any:
-        return self._line if _package(frame) in _CALLERS else None
+        of_collector = frame.f_code.co_name in ("__del__", "_cleanup")  # what is raised there Python tells nobody
+        return self._line if _package(frame) in _CALLERS and not of_collector else None
 
     def _line(self, frame: FrameType, what: str, _: Any) -> Any:
         if what == "line":
+            self.where = frame.f_globals["__name__"]
             self._count()
         return self._line
 
