@@ -156,7 +156,7 @@ def test_reads_autocommit_where_it_cannot_be_had(postgres_url: str) -> None:
 def test_reads_a_driver_that_does_not_tell_its_process(sync_server_kit: SyncKit, monkeypatch: Any) -> None:
     """It cannot be told from one behind a pooler, and is refused; the connection is not kept."""
     kit = sync_server_kit
-    monkeypatch.setattr("dbscope.engines._told_pid", lambda driver: None)
+    monkeypatch.setattr("dbscope.engines.told_pid", lambda driver: None)
     with pytest.raises(ConfigurationError, match="psycopg does not tell whether"):
         with kit.db.reader(autocommit=True) as session:
             session.scalar(text("SELECT 1"))

@@ -27,6 +27,7 @@ FLOORS = [
         "settings",
         "terms",
         "engines",
+        "apart",
         "lockwatch",
         "lifecycle",
         "aborted",

@@ -86,3 +86,17 @@ async def test_reads_autocommit_is_refused_before_anything_is_set(server_kit: Ki
     async with kit.transaction() as session:
         session.add(Payment(amount=6))
     assert kit.amounts() == [6]
+
+
+@twice
+async def test_apart_is_refused_before_anything_is_set(server_kit: Kit) -> None:
+    """Its limits would reach the other clients of the pooler: nothing is set, and the error says what to do."""
+    kit = server_kit
+    before = await everybody_else(kit)
+    async with kit.block(kit.db.apart("migration")) as beside:
+        for _ in range(3):
+            with pytest.raises(ConfigurationError, match=r"(?s)apart\('migration'\) needs .*pooler.*the server's own"):
+                async with kit.transaction(beside) as session:
+                    await kit.done(session.execute(text("SELECT 1")))
+    assert await everybody_else(kit) == before
+    assert kit.checked_out(beside) == 0

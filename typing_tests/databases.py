@@ -47,6 +47,12 @@ amodels = AsyncDatabase("sqlite+aiosqlite://", session_class=AsyncModelSession)
 assert_type(amodels.session(), AsyncModelSession)
 
 
+# Apart, for long work.
+
+assert_type(audited.apart("migration"), Database[Audited])
+assert_type(amodels.apart("migration", connections=2, lock_timeout=None), AsyncDatabase[AsyncModelSession])
+
+
 # As context managers.
 
 

@@ -38,6 +38,7 @@ except ImportError as error:
     raise ImportError('async databases need greenlet: pip install "dbscope[async]"', name=error.name) from error
 
 from dbscope import sqlite
+from dbscope.apart import work_of
 from dbscope.database import (
     BaseDatabase,
     make_engine,
@@ -58,6 +59,7 @@ from dbscope.registry import forget, registry_for, stand_for, waits_for_owner
 from dbscope.retry import Retry
 from dbscope.scope import _get
 from dbscope.session import derive, release
+from dbscope.settings import Seconds
 from dbscope.terms import DEFAULT, Resolution, TransactionOptions
 from dbscope.transaction import AsyncTransaction, transactional
 
@@ -302,6 +304,18 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
     ) -> list[R]:
         """Async version of `Database.fan_out`, for a coroutine function, in tasks: an error cancels the others."""
         return await afan_out(self, self.slots, function, items, name=name, limit=limit)
+
+    def apart(
+        self,
+        name: str,
+        *,
+        connections: int = 1,
+        lock_timeout: Seconds | None = 5.0,
+        statement_timeout: Seconds | None = None,
+    ) -> Self:
+        """Async version of `Database.apart`: use it in an `async with` block."""
+        work = work_of(self._sync_engine, name, connections, lock_timeout, statement_timeout)
+        return self._apart(work, AsyncEngine)
 
     def new_session(self, **options: Any) -> S:
         """Async version of `Database.new_session`."""

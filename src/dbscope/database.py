@@ -1,5 +1,6 @@
 """Databases: an engine, how its sessions are made, and the doors to them."""
 
+import copy
 import difflib
 import functools
 import gc
@@ -16,6 +17,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from dbscope import fork, hooks, sqlite
+from dbscope.apart import Work, engine_for, work_of
 from dbscope.engines import Engines, rebind
 from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
 from dbscope.fanout import Slots, fan_out
@@ -25,11 +27,11 @@ from dbscope.instrument import instrument_engine, instrument_sessions
 from dbscope.lifecycle import Lifecycle, Owner, Shared, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
-from dbscope.registry import SessionRegistry, registry_for
+from dbscope.registry import SessionRegistry, registry_beside, registry_for
 from dbscope.retry import Retry
 from dbscope.scope import Scope, current_scope
 from dbscope.session import ScopedSession, adopt, derive
-from dbscope.settings import Settings
+from dbscope.settings import Seconds, Settings
 from dbscope.terms import (
     AUTOCOMMIT_READER,
     DEFAULT,
@@ -122,6 +124,26 @@ class BaseDatabase:
         instrument_engine(sync, own_begin=self.own_begin)
         event.listen(sync, "handle_error", _explain)
         fork.databases.add(self)
+
+    def _apart(self, work: Work, wrap: Callable[[Engine], Any]) -> Self:
+        """A database like this one in all but its engine, which has a pool for the work alone."""
+        made: Any = copy.copy(self)
+        made.engine = wrap(engine_for(self._sync_engine, work))
+        made._maker = type(self._maker)(class_=self._class)
+        made._maker.kw = {**self._maker.kw, "bind": made.engine}
+        made._class = made._maker.class_
+        made._set_up(
+            made.engine,
+            url=None,
+            name=f"{self.name} apart for {work.name!r}",
+            implicit_scopes=self.implicit_scopes,
+            uncommitted=self.uncommitted,
+            outcome=self.outcome,
+            memory=None,
+        )
+        made.own_begin = self.own_begin
+        made.session = registry_beside(made.session, made, made._maker)
+        return cast("Self", made)
 
     # -- what the core asks ------------------------------------------------------------------------------------
 
@@ -599,6 +621,36 @@ class Database(BaseDatabase, Generic[S]):
         """
         return fan_out(self, self.slots, function, items, name=name, limit=limit)
 
+    def apart(
+        self,
+        name: str,
+        *,
+        connections: int = 1,
+        lock_timeout: Seconds | None = 5.0,
+        statement_timeout: Seconds | None = None,
+    ) -> Self:
+        """This database for long work, such as a migration or a back-fill: on connections of its own.
+
+        They are of a pool of their own, so that none is taken from the application's, and the limits that those have
+        do not apply: of time-outs there are the two below, and no others. Sessions, scopes and blocks work as on any
+        database, with the same session class and options; a scope has another session on each of the two.
+
+        Whoever asked for it disposes of it: use it in a `with` block.
+
+        Args:
+            name: what the work is called, in errors and, on PostgreSQL, in `pg_stat_activity`: behind the
+                application's own name there, or behind "dbscope".
+            connections: how many it may use at once.
+            lock_timeout: seconds, or a timedelta, that one statement may wait for a lock; an error names who holds it
+                (PostgreSQL; on SQLite, where it is a session of this process). None: as long as it takes.
+            statement_timeout: how long one statement may take (PostgreSQL, MariaDB). None: as long as it takes.
+
+        Raises:
+            ConfigurationError: an option cannot be meant, or is unknown on this kind of database, or it is a SQLite
+                database in memory. By the first statement, if there is a pooler such as PgBouncer between.
+        """
+        return self._apart(work_of(self.engine, name, connections, lock_timeout, statement_timeout), _as_it_is)
+
     def new_session(self, **options: Any) -> S:
         """A session outside of every scope: whoever asked for it closes it."""
         session = self.make(None, options or None)
@@ -618,6 +670,10 @@ class Database(BaseDatabase, Generic[S]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.dispose()
+
+
+def _as_it_is(engine: Engine) -> Engine:
+    return engine
 
 
 # -- setting up --------------------------------------------------------------------------------------------------
@@ -769,7 +825,7 @@ def refuse_second(database: BaseDatabase, url: URL, memory: sqlite.Memory | None
             f"there is a database for {url.render_as_string(hide_password=True)} already, "
             f"made at {spell(first.place)}.\n"
             "Make one for the process and share it; or dispose() of the first; or, for a second pool on purpose, "
-            "give this one an engine of your own."
+            "use its `apart()`, which is for long work, or give this one an engine of your own."
         )
     _by_url[key] = database
 

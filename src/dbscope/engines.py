@@ -18,7 +18,7 @@ from sqlalchemy.pool import Pool
 
 from dbscope.errors import ConfigurationError
 
-__all__ = ["Engines", "rebind", "unbind"]
+__all__ = ["Engines", "beside", "rebind", "set_for_good", "told_pid", "unbind"]
 
 
 def rebind(session: Session, engine_for: Callable[[Any], Any]) -> None:
@@ -69,7 +69,7 @@ class Engines:
 
     def apart(self) -> list[Engine]:
         """The engines that have a pool of their own, to be disposed of with the database."""
-        return [engine for engine in self._made.values() if isinstance(engine, _ReadingEngine)]
+        return [engine for engine in self._made.values() if isinstance(engine, _EngineBeside)]
 
     def _of(self, options: tuple[tuple[str, Any], ...] | None, bind: Any) -> Any:
         if isinstance(bind, Connection):
@@ -88,10 +88,18 @@ class Engines:
         return made
 
 
-class _ReadingEngine(OptionEngine):
+class _EngineBeside(OptionEngine):
     """An engine with another's dialect, options and listeners, and a pool of its own."""
 
     pool: Pool = None  # type: ignore[assignment]  # in place of OptionEngine's property
+
+
+def beside(engine: Engine, pool: Pool) -> Engine:
+    """An engine with another's dialect, options and listeners, on a pool of its own."""
+    made = _EngineBeside(engine, {})
+    made.pool = pool
+    made._connection_cls = engine._connection_cls
+    return made
 
 
 def _reading(engine: Engine) -> Engine:
@@ -100,35 +108,58 @@ def _reading(engine: Engine) -> Engine:
             "the database's engine has an isolation level among its execution options, which each of its connections "
             "is given: reader(autocommit=True) cannot be had there. Give it to create_engine() instead."
         )
-    made = _ReadingEngine(engine, {})
-    made.pool = engine.pool.recreate()
+    made = beside(engine, engine.pool.recreate())
     event.listen(made.pool, "connect", partial(_read_only_for_good, engine.dialect))
     return made
 
 
 def _read_only_for_good(dialect: Any, connection: Any, record: Any) -> None:
-    """Let a new connection only read, and each of its statements be a transaction.
+    """Let a new connection only read, and each of its statements be a transaction."""
+    dialect.set_isolation_level(connection, "AUTOCOMMIT")
+    set_for_good(
+        dialect,
+        connection,
+        record,
+        {"default_transaction_read_only": "'on'"},
+        what="reader(autocommit=True)",
+        instead="Use `reader()`, which sets nothing that outlives its transaction; or a direct address.",
+    )
 
-    Through a pooler the setting would stay on a server connection that others are given next. PgBouncer and its like
+
+def set_for_good(
+    dialect: Any, connection: Any, record: Any, settings: dict[str, str], *, what: str, instead: str
+) -> None:
+    """Set what a new connection of PostgreSQL's has until it is closed; in a transaction, where the driver begins one.
+
+    Through a pooler the settings would stay on a server connection that others are given next. PgBouncer and its like
     tell the client a process number of their own, so that the one that the server knows is another; what hands the
     server's number through is no pooler, or cannot be told from none. The server compares, and sets nothing if they
     differ.
+
+    Args:
+        dialect: the engine's.
+        connection: the new connection, as the pool's event has it.
+        record: the pool's, of the same event.
+        settings: SQL expressions, by the names of the settings.
+        what: who asks, for the error.
+        instead: what to do, for the error.
+
+    Raises:
+        ConfigurationError: there is a pooler between, or that cannot be told; the connection is closed.
     """
-    dialect.set_isolation_level(connection, "AUTOCOMMIT")
-    pid = _told_pid(record.driver_connection)
-    if pid is not None and _found(
-        connection, f"SELECT set_config('default_transaction_read_only', 'on', false) WHERE pg_backend_pid() = {pid}"
-    ):
+    pid = told_pid(record.driver_connection)
+    calls = ", ".join(f"set_config('{name}', {value}, false)" for name, value in settings.items())
+    if pid is not None and _found(connection, f"SELECT {calls} WHERE pg_backend_pid() = {pid}"):
         return
     connection.close()
     raise ConfigurationError(
-        "reader(autocommit=True) needs a connection of its own to the server, and "
+        f"{what} needs a connection of its own to the server, and "
         + (
             f"{dialect.driver} does not tell whether it has one."
             if pid is None
-            else "there is a pooler between, such as PgBouncer: what the reader sets would reach others."
+            else "there is a pooler between, such as PgBouncer: what is set for it would reach others."
         )
-        + "\nUse `reader()`, which sets nothing that outlives its transaction; or a direct address."
+        + f"\n{instead}"
     )
 
 
@@ -144,7 +175,7 @@ def _found(connection: Any, query: str) -> bool:
         cursor.close()
 
 
-def _told_pid(driver: Any) -> int | None:
+def told_pid(driver: Any) -> int | None:
     """The server's process behind a connection, as the driver was told when it connected."""
     if hasattr(driver, "get_server_pid"):  # asyncpg
         return int(driver.get_server_pid())

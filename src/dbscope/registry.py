@@ -299,6 +299,13 @@ def registry_for(registry_class: type[R], source: Any, session_class: type, plai
     return type(registry_class.__name__, (registry_class,), {**own, "registry": look_up(source)})
 
 
+def registry_beside(registry: R, source: Any, factory: Any) -> R:
+    """A registry like another one, for a database beside that one's."""
+    cls: Any = type(registry)
+    made: R = type(cls.__name__, (cls,), {"registry": look_up(source)})(source, factory)
+    return made
+
+
 # Set by `__init__`, and so unknown to the class.
 _OF_SESSION = (
     *("autobegin", "autoflush", "bind", "enable_baked_queries", "expire_on_commit", "hash_key", "identity_map"),

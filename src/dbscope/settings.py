@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from dbscope import sqlite
 from dbscope.errors import ConfigurationError
 
-__all__ = ["Isolation", "Seconds", "SettingOptions", "Settings", "settings_of"]
+__all__ = ["Isolation", "Seconds", "SettingOptions", "Settings", "milliseconds", "settings_of"]
 
 Isolation = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 Seconds: TypeAlias = float | timedelta
@@ -123,13 +123,13 @@ class Settings:
                     f"on; this is {version[0]}. Use statement_timeout and idle_timeout."
                 )
             if limits:
-                set_each = (f"set_config('{name}', '{_milliseconds(value)}', true)" for name, value in limits.items())
+                set_each = (f"set_config('{name}', '{milliseconds(value)}', true)" for name, value in limits.items())
                 connection.exec_driver_sql(f"SELECT {', '.join(set_each)}")
         elif dialect.name == "sqlite":
             if self.read_only:
                 sqlite.set_until_returned(connection, "query_only", 1)
             if self.lock_timeout is not None:
-                sqlite.set_until_returned(connection, "busy_timeout", _milliseconds(self.lock_timeout))
+                sqlite.set_until_returned(connection, "busy_timeout", milliseconds(self.lock_timeout))
 
     def explain(self, error: DBAPIError, age: float, whose: object) -> str | None:
         """Which of the time-outs an error came from.
@@ -188,5 +188,6 @@ def _seconds(name: str, value: Any) -> float:
     return float(seconds)
 
 
-def _milliseconds(seconds: float) -> int:
+def milliseconds(seconds: float) -> int:
+    """A time-out as servers take it."""
     return math.ceil(seconds * 1000)  # never 0, which means no limit
