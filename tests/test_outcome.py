@@ -223,13 +223,13 @@ async def test_a_transaction_that_goes_on_is_asked_for_again(server_kit, proxy, 
     monkeypatch.setattr(outcome, "LIMIT", 0.5)
     monkeypatch.setattr(outcome, "COMMITTED", "never")  # every answer but the last is "in progress" then
     asked = []
-    ask = outcome.ask
+    ask = outcome.ask_anew
 
     def in_progress(*args):
         asked.append(ask(*args))
         return "in progress"
 
-    monkeypatch.setattr(outcome, "ask", in_progress)
+    monkeypatch.setattr(outcome, "ask_anew", in_progress)
     proxy.cut(Cut.ANSWERED)
     with pytest.raises(CommitOutcomeUnknown, match="it still had it in progress when the time was up"):
         await pay(kit, db, 1, outcome="resolve")

@@ -23,7 +23,7 @@ from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
 from dbscope.fanout import Slots, fan_out
 from dbscope.hooks import Hook, Outcome, settle, title
 from dbscope.implicit import implicit_scope
-from dbscope.instrument import instrument_engine, instrument_sessions
+from dbscope.instrument import instrument_engine, instrument_sessions, watch_waits
 from dbscope.lifecycle import Lifecycle, Owner, Shared, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
@@ -142,6 +142,9 @@ class BaseDatabase:
             memory=None,
         )
         made.own_begin = self.own_begin
+        limit = work.limits.lock_timeout
+        if self.knows_waits and limit is not None:
+            watch_waits(made._sync_engine, limit)
         made.session = registry_beside(made.session, made, made._maker)
         return cast("Self", made)
 
@@ -319,10 +322,7 @@ class BaseDatabase:
 
     def _open_scopes(self) -> str:
         lives = [life for held in [*self.holders] if (life := held()) is not None]
-        return ", ".join(
-            f"{life.home.describe() if life.home else 'a session outside of every scope'} since {spell(life.taken)}"
-            for life in lives
-        )
+        return ", ".join(f"{life.whose} since {spell(life.taken)}" for life in lives)
 
     def _disposing(self) -> None:
         held = self._open_scopes()

@@ -15,6 +15,7 @@ from dbscope import sqlite
 from dbscope.aborted import note_failure
 from dbscope.connection import OwnedConnection
 from dbscope.errors import DBScopeError
+from dbscope.holders import HolderWatch, explain_busy
 from dbscope.interrupt import before_closing, hidden, is_cut, keep_cancel
 from dbscope.lifecycle import Source
 from dbscope.outcome import is_lost
@@ -139,9 +140,14 @@ def before_sqlite_statement(cursor: Any, statement: str, parameters: Any, contex
 
 def on_error(context: ExceptionContext) -> None:
     """A statement failed, or what begins or ends a transaction; fetching rows, too."""
+    connection = context.connection
+    watch = _end_watch(connection)
     if (first := hidden(context)) is not None:
         raise first
-    connection = context.connection
+    if watch is not None:
+        watch.explain(context)
+    elif context.dialect.name == "sqlite":
+        explain_busy(context)
     if cut := is_cut(context):
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False  # the other connections are as they were
@@ -151,6 +157,38 @@ def on_error(context: ExceptionContext) -> None:
             connection._lost = is_lost(context)
         else:
             connection._failed = note_failure(context, connection._failed)
+
+
+def watch_waits(engine: Engine, limit: float) -> None:
+    """Let each statement of an engine be watched while it may wait for a lock: its error names who holds it.
+
+    Of the engines that share its dialect, such as the one that it was made of, none is watched.
+
+    Args:
+        engine: one of PostgreSQL's, whose connections are no pooler's.
+        limit: how many seconds a statement may wait, where its block says nothing else.
+    """
+
+    def begins(connection: Any, *_: object) -> None:
+        _end_watch(connection)
+        session = getattr(connection, "_dbscope", None)
+        owner = None if session is None else session._dbscope.owner
+        own = None if owner is None or owner.settings is None else owner.settings.lock_timeout
+        connection._watch = HolderWatch(connection, own or limit)
+
+    def ends(connection: Any, *_: object) -> None:
+        _end_watch(connection)
+
+    event.listen(engine, "before_cursor_execute", begins)
+    event.listen(engine, "after_cursor_execute", ends)
+
+
+def _end_watch(connection: Any) -> HolderWatch | None:
+    watch: HolderWatch | None = getattr(connection, "_watch", None)
+    if watch is not None:
+        connection._watch = None
+        watch.stop()
+    return watch
 
 
 def _without_parameters(listener: Callable[..., None]) -> Callable[..., None]:

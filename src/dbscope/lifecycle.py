@@ -499,7 +499,7 @@ class Lifecycle:
         if home is None or source is None:
             return
         for life in home.outer_lives(source):
-            if life.connection is not None and (life.wrote or (life.owner is not None and life.owner.immediate)):
+            if life.holds_write_lock:
                 held = life.writes[0].place if life.writes else life.taken
                 raise SelfBlockedError(
                     f"{home.describe()} writes to {source.name} at {spell(here())}, but the transaction around it has "
@@ -507,6 +507,16 @@ class Lifecycle:
                     "Waiting could never end. Join the outer transaction (`transaction()` without `new=True`), or "
                     "write after it has ended (`on_commit`)."
                 )
+
+    @property
+    def holds_write_lock(self) -> bool:
+        """Whether it has the lock of a database that knows one writer at a time, or is about to take it."""
+        return self.connection is not None and (self.wrote or (self.owner is not None and self.owner.immediate))
+
+    @property
+    def whose(self) -> str:
+        """Whose session it is, as errors name it."""
+        return "a session outside of every scope" if self.home is None else self.home.describe()
 
     @property
     def is_apart(self) -> bool:

@@ -6,13 +6,16 @@ whether it is the one that is waited for.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+from sqlalchemy.pool import Pool
+
 from dbscope.where import in_greenlet, running_loop
 
-__all__ = ["LockWatch", "ask", "knows_waits"]
+__all__ = ["AHEAD", "LockWatch", "Watch", "ask", "ask_anew", "knows_waits"]
 
 # Seconds until the first look, and between the next ones: at first the lock may be somebody else's.
 FIRST, NEXT = 0.05, 0.5
@@ -38,16 +41,74 @@ def ask(raw: Any, question: str) -> Any:
         cursor.close()
 
 
-# Whether a process waits for the one that is asked, be it by way of others: a row's second waiter waits for the first,
-# and only that one for whoever holds the lock.
-_WAITS_FOR_ME = """
+def ask_anew(pool: Pool, question: str) -> Any:
+    """The same, of a connection that is taken from a pool for it."""
+    connection = pool.connect()
+    try:
+        answer = ask(connection.dbapi_connection, question)
+    except BaseException:
+        connection.invalidate()
+        raise
+    connection.close()
+    return answer
+
+
+# Whom a process waits for, be it by way of others: a row's second waiter waits for the first, and only that one for
+# whoever holds the lock.
+AHEAD = """
 WITH RECURSIVE ahead (pid) AS (
-    SELECT unnest(pg_blocking_pids({}))
+    SELECT unnest(pg_blocking_pids({0}))
     UNION SELECT unnest(pg_blocking_pids(pid)) FROM ahead
-) SELECT pg_backend_pid() IN (SELECT pid FROM ahead)"""
+)"""
+_WAITS_FOR_ME = f"{AHEAD} SELECT pg_backend_pid() IN (SELECT pid FROM ahead)"
 
 
-class LockWatch:
+class Watch:
+    """Looks at something again and again, from now on until `stop()`: in a task, or in a thread.
+
+    Args:
+        is_async: in a task, for what it asks is asked on the loop.
+    """
+
+    def __init__(self, *, is_async: bool) -> None:
+        self._over = False
+        if is_async:
+            self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._awatch())
+            self._stop: Callable[[], object] = self._task.cancel
+        else:
+            event = threading.Event()
+            self._stop = event.set
+            threading.Thread(target=self._watch, args=(event,), name="dbscope lock watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """What was watched is over."""
+        self._over = True
+        self._stop()
+
+    def _looks(self) -> Generator[float, None, None]:
+        """Look; yields the seconds to wait before the next look."""
+        raise NotImplementedError
+
+    def _watch(self, over: threading.Event) -> None:
+        with contextlib.closing(self._looks()) as looks:
+            for pause in looks:
+                if over.wait(pause):
+                    return
+
+    async def _awatch(self) -> None:
+        from sqlalchemy.util import greenlet_spawn  # there is a greenlet, or nobody could have come here
+
+        looks = self._looks()
+        try:
+            pause = await greenlet_spawn(next, looks, None)
+            while pause is not None:
+                await asyncio.sleep(pause)
+                pause = await greenlet_spawn(next, looks, None)
+        finally:
+            await greenlet_spawn(looks.close)
+
+
+class LockWatch(Watch):
     """Watches one statement of an independent transaction, from its start to `stop()`.
 
     Args:
@@ -59,20 +120,7 @@ class LockWatch:
         self.backend = backend
         self.holders = holders
         self.blocked_by: Any = None  # the connection that holds the lock
-        self._over = False
-        loop = running_loop()
-        if loop is not None and in_greenlet():
-            self._task: asyncio.Task[None] | None = loop.create_task(self._awatch())
-            self._stop: Callable[[], object] = self._task.cancel
-        else:
-            event = threading.Event()
-            self._stop = event.set
-            threading.Thread(target=self._watch, args=(event,), name="dbscope lock watch", daemon=True).start()
-
-    def stop(self) -> None:
-        """The statement is through."""
-        self._over = True
-        self._stop()
+        super().__init__(is_async=running_loop() is not None and in_greenlet())
 
     def _looks(self) -> Generator[float, None, None]:
         """Look at each holder; yields the seconds to wait before the next look."""
@@ -85,17 +133,3 @@ class LockWatch:
                     ask(raw, f"SELECT pg_cancel_backend({self.backend})")
                     return
             yield NEXT
-
-    def _watch(self, over: threading.Event) -> None:
-        for pause in self._looks():
-            if over.wait(pause):
-                return
-
-    async def _awatch(self) -> None:
-        from sqlalchemy.util import greenlet_spawn  # there is a greenlet, or nobody could have come here
-
-        looks = self._looks()
-        pause = await greenlet_spawn(next, looks, None)
-        while pause is not None:
-            await asyncio.sleep(pause)
-            pause = await greenlet_spawn(next, looks, None)

@@ -20,7 +20,7 @@ from sqlalchemy.pool import Pool
 from dbscope.aborted import sqlstate
 from dbscope.errors import CommitOutcomeUnknown, NotCommittedError
 from dbscope.lifecycle import Lifecycle
-from dbscope.lockwatch import ask
+from dbscope.lockwatch import ask_anew
 
 __all__ = ["commit", "is_lost"]
 
@@ -206,7 +206,7 @@ def _ask_until(pool: Pool, receipt: Receipt, deadline: float, pause: Pause) -> s
     try:
         while True:
             try:
-                answer = _ask_once(pool, receipt)
+                answer = str(ask_anew(pool, _STATUS.format(run=receipt.run, xid=receipt.xid)))
             except Exception as error:  # it may be starting again
                 answer = f"{type(error).__name__}: {error}".partition("\n")[0]
                 final = False
@@ -218,14 +218,3 @@ def _ask_until(pool: Pool, receipt: Receipt, deadline: float, pause: Pause) -> s
             wait = min(2 * wait, LONGEST)
     finally:
         pool.dispose()
-
-
-def _ask_once(pool: Pool, receipt: Receipt) -> str:
-    connection = pool.connect()
-    try:
-        answer = ask(connection.dbapi_connection, _STATUS.format(run=receipt.run, xid=receipt.xid))
-    except BaseException:
-        connection.invalidate()
-        raise
-    connection.close()
-    return str(answer)

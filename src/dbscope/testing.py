@@ -289,8 +289,7 @@ class _Level:
             if home is not None and home._colour is Colour.IMPLICIT and home is implicit_scope():
                 continue  # it lasts as long as its thread
             if life.connection is not None:
-                whose = home.describe() if home is not None else "a session outside of every scope"
-                found.append(f"{whose} holds a connection of {self.database.name} since {spell(life.taken)}")
+                found.append(f"{life.whose} holds a connection of {self.database.name} since {spell(life.taken)}")
             elif home is not None and not home.ended and home._colour is not Colour.IMPLICIT:
                 found.append(f"{home.describe()} is still open")
         lost = _checked_out(self.database) - self.before
