@@ -338,3 +338,22 @@ def test_failures_15_the_error_is_one_of_dbscopes(sync_kit):
     name, message = fork(lambda: error_of(lambda: session.scalars(select(Payment))))
     assert name in (ScopeEndedError.__name__, ScopeMisuseError.__name__)
     assert "'early'" in message
+
+
+def test_failures_15_locks_are_watched_in_the_child(sync_server_kit):
+    """Statements of work apart are watched in the child, whose parent's watching thread did not come along."""
+    kit = sync_server_kit
+    kit.database()
+    with kit.db.apart("migration", lock_timeout=60) as beside, beside.transaction() as session:
+        session.execute(text("SELECT 1"))  # its watch is not due yet, and the thread that would begin it waits
+
+        def child():
+            with kit.outside.connect() as holder, kit.db.apart("child", lock_timeout=0.2) as mine:
+                holder.execute(text("LOCK TABLE payments"))
+                try:
+                    with scope(), mine.transaction(new=True) as other:
+                        other.execute(select(Payment))
+                except Exception as error:
+                    return "".join(error.__notes__)
+
+        assert "It waited for payments (AccessShareLock), held by" in fork(child)

@@ -245,7 +245,7 @@ async def test_failures_31_other_errors_and_other_databases_are_left_alone(serve
                 async with kit.transaction(beside) as session:
                     await kit.done(session.execute(text(statement)))
             assert raised is None or notes(raised.value) == ""
-    assert [each._over for each in begun] == [True, True]
+    assert [each.over for each in begun] == [True, True]
     async with kit.block(kit.db.apart("migration", lock_timeout=None)) as beside, kit.transaction(beside) as session:
         await kit.done(session.execute(READ))
     assert len(begun) == 2

@@ -23,7 +23,7 @@ from dbscope.where import ago, name_of, spell, worker
 __all__ = ["HolderWatch", "explain_busy"]
 
 SHARE = 4  # looks in the time that a statement may wait
-SHORTEST = 0.01  # seconds between two of them
+SHORTEST, LONGEST = 0.01, 5.0  # seconds between two of them
 SHOWN = 120  # characters of a statement
 LOCK_TIMEOUT, CANCELED = "55P03", "57014"  # the second one by statement_timeout, which may come first, or by hand
 
@@ -58,18 +58,17 @@ class HolderWatch(Watch):
     def __init__(self, connection: Connection, limit: float) -> None:
         self._engine = connection.engine
         self._pid = told_pid(connection.connection.driver_connection)
-        self._pause = max(limit / SHARE, SHORTEST)
+        self._pause = min(max(limit / SHARE, SHORTEST), LONGEST)
         self._answer: Any = None
         self._asked = 0.0
         self._problem: Exception | None = None
-        super().__init__(is_async=connection.dialect.is_async)
+        super().__init__(self._pause, is_async=connection.dialect.is_async)
 
     def _looks(self) -> Generator[float, None, None]:
-        yield self._pause
         pool = self._engine.pool.recreate()  # of its own: in the work's there may be no connection left
         missed = 0
         try:
-            while not self._over:
+            while not self.over:
                 try:
                     answer = json.loads(ask_anew(pool, _QUESTION.format(self._pid)))
                 except Exception as problem:  # there may be no connection to be had; the work goes on

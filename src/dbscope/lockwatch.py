@@ -7,7 +7,11 @@ whether it is the one that is waited for.
 
 import asyncio
 import contextlib
+import heapq
+import itertools
+import os
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -64,26 +68,39 @@ _WAITS_FOR_ME = f"{AHEAD} SELECT pg_backend_pid() IN (SELECT pid FROM ahead)"
 
 
 class Watch:
-    """Looks at something again and again, from now on until `stop()`: in a task, or in a thread.
+    """Looks at something again and again, until `stop()`: in a task or a thread, made when the first look is due.
+
+    Most of what is watched is over by then.
 
     Args:
+        first: seconds until the first look.
         is_async: in a task, for what it asks is asked on the loop.
     """
 
-    def __init__(self, *, is_async: bool) -> None:
-        self._over = False
+    def __init__(self, first: float, *, is_async: bool) -> None:
+        self.over = False
+        self._stop: Callable[[], object]
         if is_async:
-            self._task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._awatch())
-            self._stop: Callable[[], object] = self._task.cancel
+            self._stop = asyncio.get_running_loop().call_later(first, self._begin_task).cancel
         else:
-            event = threading.Event()
-            self._stop = event.set
-            threading.Thread(target=self._watch, args=(event,), name="dbscope lock watch", daemon=True).start()
+            self._stop = _nothing
+            _alarms.add(time.monotonic() + first, self)
 
     def stop(self) -> None:
         """What was watched is over."""
-        self._over = True
+        self.over = True
         self._stop()
+
+    def begin(self) -> None:
+        """The first look is due, in a thread."""
+        event = threading.Event()
+        self._stop = event.set
+        if not self.over:
+            threading.Thread(target=self._watch, args=(event,), name="dbscope lock watch", daemon=True).start()
+
+    def _begin_task(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._awatch())
+        self._stop = self._task.cancel
 
     def _looks(self) -> Generator[float, None, None]:
         """Look; yields the seconds to wait before the next look."""
@@ -108,6 +125,53 @@ class Watch:
             await greenlet_spawn(looks.close)
 
 
+def _nothing() -> None: ...
+
+
+class _Alarms:
+    """Begins watches when they are due, in one thread, which ends when there are none left."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: list[tuple[float, int, Watch]] = []
+        self._count = itertools.count()  # of two that are due at the same time, watches are not compared
+        self._runs = False
+
+    def add(self, due: float, watch: Watch) -> None:
+        """Begin a watch at a time of the monotonic clock, if it is not over by then."""
+        with self._changed:
+            heapq.heappush(self._due, (due, next(self._count), watch))
+            if not self._runs:
+                self._runs = True
+                threading.Thread(target=self._run, name="dbscope lock watches", daemon=True).start()
+            elif self._due[0][2] is watch:
+                self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._due:
+                due, _, watch = self._due[0]
+                pause = due - time.monotonic()
+                if pause > 0 and not watch.over:
+                    self._changed.wait(pause)
+                else:
+                    heapq.heappop(self._due)
+                    watch.begin()
+            self._runs = False
+
+
+_alarms = _Alarms()
+
+
+def _forget_alarms() -> None:
+    global _alarms
+    _alarms = _Alarms()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_alarms)  # the thread that begins them is the parent's
+
+
 class LockWatch(Watch):
     """Watches one statement of an independent transaction, from its start to `stop()`.
 
@@ -120,15 +184,14 @@ class LockWatch(Watch):
         self.backend = backend
         self.holders = holders
         self.blocked_by: Any = None  # the connection that holds the lock
-        super().__init__(is_async=running_loop() is not None and in_greenlet())
+        super().__init__(FIRST, is_async=running_loop() is not None and in_greenlet())
 
     def _looks(self) -> Generator[float, None, None]:
         """Look at each holder; yields the seconds to wait before the next look."""
-        yield FIRST
-        while not self._over:
+        while not self.over:
             for holder in self.holders:
                 raw = holder.connection.dbapi_connection
-                if ask(raw, _WAITS_FOR_ME.format(self.backend)) and not self._over:
+                if ask(raw, _WAITS_FOR_ME.format(self.backend)) and not self.over:
                     self.blocked_by = holder
                     ask(raw, f"SELECT pg_cancel_backend({self.backend})")
                     return
