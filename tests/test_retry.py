@@ -29,34 +29,10 @@ from dbscope import (
 )
 from dbscope.retry import Clock
 from dbscope.testing import sandbox
+from tests.support.clock import FakeClock
 from tests.support.kits import Account, AsyncKit, Kit, Payment, SyncKit, of_colour, twice
 
 LIMIT = 30  # seconds, for what happens at once
-
-
-class FakeClock(Clock):
-    """A clock that a pause turns forward, and that remembers the pauses."""
-
-    def __init__(self, chance: float = 1.0, during: Callable[[], object] | None = None) -> None:
-        self.time = 1000.0
-        self.chance = chance
-        self.during = during
-        self.pauses: list[float] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def random(self) -> float:
-        return self.chance
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.time += seconds
-        if self.during is not None:
-            self.during()
-
-    async def asleep(self, seconds: float) -> None:
-        self.sleep(seconds)
 
 
 def busy() -> OperationalError:

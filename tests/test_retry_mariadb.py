@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,9 +11,8 @@ from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
 
 from dbscope import AttemptFailed, CommitOutcomeUnknown, Conflict, Database, Retry
-from dbscope.retry import Clock
-
-pytest.importorskip("pymysql", reason="needs the driver pymysql")
+from tests.support import needs
+from tests.support.clock import FakeClock
 
 URL = make_url("mariadb+pymysql://root@127.0.0.1:3306/")  # as in a container for tests: root, and no password
 LIMIT = 30.0
@@ -23,11 +22,11 @@ ADD = text("UPDATE accounts SET balance = balance + 1 WHERE id = :id")
 @pytest.fixture(scope="module")
 def server() -> Iterator[Engine]:
     """The server, which a machine need not have, in CI either."""
-    engine = create_engine(URL, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 2})
     try:
+        engine = create_engine(URL, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 2})
         engine.connect().close()
-    except DBAPIError as error:
-        pytest.skip(f"no MariaDB that lets root in at {URL.host}:{URL.port}: {error.orig}")
+    except (ImportError, DBAPIError) as error:
+        needs.spare(f"no MariaDB that lets root in at {URL.host}:{URL.port}: {getattr(error, 'orig', error)}")
     yield engine
     engine.dispose()
 
@@ -46,16 +45,6 @@ def db(server: Engine) -> Iterator[Database]:
                 yield made
         finally:
             admin.exec_driver_sql(f"DROP DATABASE {name}")
-
-
-class Freeing(Clock):
-    """A clock that waits for nothing, and calls a function instead."""
-
-    def __init__(self, free: Callable[[], object]) -> None:
-        self.free = free
-
-    def sleep(self, seconds: float) -> None:
-        self.free()
 
 
 def balances(db: Database) -> list[int]:
@@ -98,7 +87,7 @@ def test_failure_25_a_lock_that_is_not_available_on_mariadb(db: Database) -> Non
 
     with db.engine.connect() as other:
         other.execute(ADD, {"id": 1})
-        db.run(deposit, retry=Retry(on_retry=told.append, clock=Freeing(other.rollback)))
+        db.run(deposit, retry=Retry(on_retry=told.append, clock=FakeClock(during=other.rollback)))
     assert [fact.conflict for fact in told] == [Conflict.LOCK]
     assert balances(db) == [1, 0]
 
@@ -119,8 +108,8 @@ def test_failure_25_a_serialization_failure_on_mariadb(db: Database) -> None:
     with db.reader() as session:
         known = session.execute(text("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'")).all()
     if not known:
-        pytest.skip("this MariaDB is too old to notice lost updates (innodb_snapshot_isolation)")
-    db.run(deposit, retry=Retry(on_retry=told.append, clock=Freeing(lambda: None)))
+        needs.spare("this MariaDB is too old to notice lost updates (innodb_snapshot_isolation)")
+    db.run(deposit, retry=Retry(on_retry=told.append, clock=FakeClock()))
     assert [fact.conflict for fact in told] == [Conflict.SERIALIZATION]
     assert balances(db) == [2, 0]
 

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from dbscope import Database, Loop, scope
 from dbscope.compat import RequestSessions, check_database_connection, scoped_session
 from tests.compat.conftest import Payment, in_thread
+from tests.support import needs
 
 ROLLED_BACK = "Database transaction rolled back due to inactive session transaction or invalid connection"
 
@@ -119,7 +120,7 @@ async def test_statement_21_who_inherits_the_id(model):
 
 async def test_statement_21_anyio_worker_threads_inherit_it_too(model):
     """A worker thread of AnyIO's sees the request's id, and so its session."""
-    anyio = pytest.importorskip("anyio")
+    anyio = needs.module("anyio", extra="async")
     model.set_request_id("request")
     assert await anyio.to_thread.run_sync(model.request_scopefunc) == "request"
 

@@ -30,6 +30,11 @@ def missing_extra(extra: str) -> NoReturn:
     missing(reason)
 
 
+def spare(reason: str) -> NoReturn:
+    """Skip for want of what no machine has to have, in CI either: other tests protect the same promise without it."""
+    pytest.skip(reason, allow_module_level=True)
+
+
 def module(name: str, *, extra: str) -> ModuleType:
     """Import a module that comes with one of dbscope's extras, or skip naming the extra.
 
