@@ -5,10 +5,11 @@ After each step the committed rows, the hooks that ran and the connections that 
 `DBSCOPE_MACHINE_EXAMPLES=2000 pytest tests/test_state_machine.py` looks longer than `make test` does.
 """
 
+import functools
 import gc
 import os
 import warnings
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 import pytest
@@ -99,6 +100,16 @@ class World:
         self.kit.outside.dispose()
 
 
+def carried_out(steps: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A rule that is written as a coroutine, run as what one piece of work does."""
+
+    @functools.wraps(steps)
+    def run(machine: "Machine", **drawn: Any) -> None:
+        machine.world.steps.do(steps(machine, **drawn))
+
+    return run
+
+
 class Machine(RuleBasedStateMachine):
     """Each rule does one step to dbscope and to the model, and compares how they answered."""
 
@@ -124,10 +135,10 @@ class Machine(RuleBasedStateMachine):
     def session(self) -> Any:
         return self.blocks[-1][1]
 
-    def step(self, what: Coroutine[Any, Any, Any], errors: Errors, *, elsewhere: bool = False) -> Any:
+    async def step(self, what: Coroutine[Any, Any, Any], errors: Errors, *, elsewhere: bool = False) -> Any:
         """Run a step of which the model says how it ends."""
         try:
-            result = (self.world.steps.hand_over if elsewhere else self.world.steps.do)(what)
+            result = await (self.world.steps.hand_over(what) if elsewhere else what)
         except Exception as error:
             if not errors or not isinstance(error, errors):
                 raise
@@ -149,26 +160,27 @@ class Machine(RuleBasedStateMachine):
         self.values += 1
         return self.values
 
-    def leave_if_stuck(self) -> None:
+    async def leave_if_stuck(self) -> None:
         """After a flush that failed, SQLAlchemy's session refuses all: the error goes on out of the block."""
         if self.model.stack and self.model.work.stuck:
-            self.leave_blocks(1, failing=True)
+            await self.leave_blocks(1, failing=True)
 
     # -- entering ------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.blocks) < DEPTH)
     @rule(blocks=st.lists(st.tuples(st.sampled_from(KINDS), A_FEW), min_size=1, max_size=3))
-    def enter(self, blocks: list[tuple[str, list[str]]]) -> None:
+    @carried_out
+    async def enter(self, blocks: list[tuple[str, list[str]]]) -> None:
         """Enter a few blocks, each in the one before, and do the first things in each."""
         for kind, first in blocks:
             depth = len(self.blocks)
-            getattr(self, f"enter_{kind.replace('-', '_')}")()
+            await getattr(self, f"enter_{kind.replace('-', '_')}")()
             if len(self.blocks) <= depth:
                 return  # refused
-            if not self.work_in_it(first, elsewhere=False):
+            if not await self.work_in_it(first, elsewhere=False):
                 return  # it failed, and the error went out of the block
 
-    def enter_scope(self, commit: Literal["on-success"] | None = None) -> None:
+    async def enter_scope(self, commit: Literal["on-success"] | None = None) -> None:
         errors = self.model.enter_scope(on_success=commit is not None)
 
         async def enter() -> None:
@@ -176,50 +188,50 @@ class Machine(RuleBasedStateMachine):
             await manager.__aenter__()
             self.blocks.append((manager, self.db.session()))
 
-        self.step(enter(), errors)
+        await self.step(enter(), errors)
 
-    def enter_on_success(self) -> None:
-        self.enter_scope("on-success")
+    async def enter_on_success(self) -> None:
+        await self.enter_scope("on-success")
 
-    def enter_required(self) -> None:
-        self.enter_transaction()
+    async def enter_required(self) -> None:
+        await self.enter_transaction()
 
-    def enter_nested(self) -> None:
-        self.enter_transaction(nested=True)
+    async def enter_nested(self) -> None:
+        await self.enter_transaction(nested=True)
 
-    def enter_new(self) -> None:
-        self.enter_block(self.kit.transaction(new=True), self.model.enter_transaction("main", new=True))
+    async def enter_new(self) -> None:
+        await self.enter_block(self.kit.transaction(new=True), self.model.enter_transaction("main", new=True))
 
-    def enter_transaction(self, **options: bool) -> None:
+    async def enter_transaction(self, **options: bool) -> None:
         if self.model.stack and not self.model.can_write("main"):
             return
-        self.enter_block(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
+        await self.enter_block(self.kit.transaction(**options), self.model.enter_transaction("main", **options))
 
-    def enter_mandatory(self) -> None:
-        self.enter_kind("mandatory", kind="mandatory")
+    async def enter_mandatory(self) -> None:
+        await self.enter_kind("mandatory", kind="mandatory")
 
-    def enter_never(self) -> None:
-        self.enter_kind("never", kind="never")
+    async def enter_never(self) -> None:
+        await self.enter_kind("never", kind="never")
 
-    def enter_durable(self) -> None:
+    async def enter_durable(self) -> None:
         if self.model.stack and self.model.work.owner is not None:  # elsewhere it is as required
-            self.enter_kind("durable", durable=True)
+            await self.enter_kind("durable", durable=True)
 
-    def enter_kind(self, name: str, **options: Any) -> None:
+    async def enter_kind(self, name: str, **options: Any) -> None:
         if self.model.stack and self.model.can_write("main"):
-            self.enter_block(self.kit.transaction(**options), self.model.enter_kind(name, "main"))
+            await self.enter_block(self.kit.transaction(**options), self.model.enter_kind(name, "main"))
 
-    def enter_reader(self) -> None:
-        self.enter_block(self.kit.reader(), self.model.enter_reader())
+    async def enter_reader(self) -> None:
+        await self.enter_block(self.kit.reader(), self.model.enter_reader())
 
-    def enter_block(self, manager: Any, errors: Errors) -> None:
+    async def enter_block(self, manager: Any, errors: Errors) -> None:
         async def enter() -> None:
             self.blocks.append((manager, await manager.__aenter__()))
 
-        self.step(enter(), errors)
-        self.leave_if_stuck()
+        await self.step(enter(), errors)
+        await self.leave_if_stuck()
 
-    def enter_savepoint(self) -> None:
+    async def enter_savepoint(self) -> None:
         """The user's own `session.begin_nested()`."""
         if not self.blocks or self.model.work.owner == "reader" or self.model.work.doom is not None:
             return
@@ -231,29 +243,30 @@ class Machine(RuleBasedStateMachine):
             session = self.session
             self.blocks.append((await self.done(session.begin_nested()), session))
 
-        self.step(enter(), errors)
-        self.leave_if_stuck()
+        await self.step(enter(), errors)
+        await self.leave_if_stuck()
 
     # -- leaving -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.blocks)
     @rule(count=st.integers(1, 3), failing=st.booleans())
-    def leave(self, count: int, failing: bool) -> None:
+    @carried_out
+    async def leave(self, count: int, failing: bool) -> None:
         """Leave the innermost block; an error goes through `count` of them before somebody swallows it."""
         if self.model.work.pending and not failing and not self.model.can_write("main"):
             return
-        self.leave_blocks(count, failing=failing)
+        await self.leave_blocks(count, failing=failing)
 
-    def leave_blocks(self, count: int, *, failing: bool) -> None:
+    async def leave_blocks(self, count: int, *, failing: bool) -> None:
         error: Exception | None = Failure() if failing else None
         for _ in range(min(count, len(self.blocks))):
             kind, closed = self.model.top.kind, self.model.top.closed
             errors = self.model.leave("main", failing=error is not None)
             manager, _ = self.blocks.pop()
             if kind != "savepoint":
-                came = self.world.steps.do(self.leave_block(manager, error))
+                came = await self.leave_block(manager, error)
             else:  # there is nothing to leave where it went with its transaction
-                came = error if closed else self.world.steps.do(self.leave_savepoint(manager, error))
+                came = error if closed else await self.leave_savepoint(manager, error)
             if error is not None:
                 assert came is error, f"{came!r} came out instead of the user's error"
             elif errors:
@@ -263,7 +276,7 @@ class Machine(RuleBasedStateMachine):
                 raise came
             else:
                 break
-        self.leave_if_stuck()
+        await self.leave_if_stuck()
 
     async def leave_block(self, manager: Any, error: Exception | None) -> Exception | None:
         """Leave as `with` does; returns what comes out."""
@@ -284,34 +297,39 @@ class Machine(RuleBasedStateMachine):
             await self.done(savepoint.rollback())
         return error
 
+    async def leave_all(self) -> None:
+        while self.blocks:
+            await self.leave_blocks(1, failing=True)
+
     # -- working -------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.blocks)
     @rule(what=st.sampled_from([*WORK, *WORK, *HOOKS, *HOOKS]), elsewhere=st.booleans())
-    def work(self, what: str, elsewhere: bool) -> None:
+    @carried_out
+    async def work(self, what: str, elsewhere: bool) -> None:
         """Do something in the innermost block, or have it done by a thread or task that it is handed over to."""
-        self.work_in_it([what], elsewhere=elsewhere)
+        await self.work_in_it([what], elsewhere=elsewhere)
 
-    def work_in_it(self, steps: list[str], *, elsewhere: bool) -> bool:
+    async def work_in_it(self, steps: list[str], *, elsewhere: bool) -> bool:
         """Do some things in a block; returns whether it is still open then."""
         depth = len(self.blocks)
         for step in steps:
             how, _, detail = step.partition(" ")
             if how == "hook":
-                self.hook(detail, elsewhere=elsewhere)
+                await self.hook(detail, elsewhere=elsewhere)
             elif how == "read":
-                self.read(elsewhere=elsewhere)
+                await self.read(elsewhere=elsewhere)
             elif how == "flush":
-                self.flush(elsewhere=elsewhere)
+                await self.flush(elsewhere=elsewhere)
             elif how == "add":
-                self.add(int(detail))
+                await self.add(int(detail))
             else:
-                self.write(int(detail), how, elsewhere=elsewhere)
+                await self.write(int(detail), how, elsewhere=elsewhere)
             if len(self.blocks) < depth:
                 return False
         return True
 
-    def read(self, *, elsewhere: bool) -> None:
+    async def read(self, *, elsewhere: bool) -> None:
         user = self.user(elsewhere)
         if (self.model.work.pending or self.model.work.owner in ("block", "on-success")) and not self.model.can_write(
             user
@@ -323,11 +341,11 @@ class Machine(RuleBasedStateMachine):
             found = await self.done(self.session.execute(select(Payment.id, Payment.amount)))
             return {row.id: row.amount for row in found}
 
-        rows = self.step(read(), errors, elsewhere=elsewhere)
+        rows = await self.step(read(), errors, elsewhere=elsewhere)
         assert errors or rows == self.model.view()
-        self.leave_if_stuck()
+        await self.leave_if_stuck()
 
-    def write(self, key: int, how: str, *, elsewhere: bool) -> None:
+    async def write(self, key: int, how: str, *, elsewhere: bool) -> None:
         """Insert, update or delete a row, and send it at once."""
         remove = how == "delete"
         how = "orm" if remove else how
@@ -341,8 +359,8 @@ class Machine(RuleBasedStateMachine):
             how = "core"
         by_flush = how == "orm"
         errors = self.model.write(key, value, user, by_flush=by_flush)
-        self.step(self.send(key, value, how, there=there), errors, elsewhere=elsewhere)
-        self.leave_if_stuck()
+        await self.step(self.send(key, value, how, there=there), errors, elsewhere=elsewhere)
+        await self.leave_if_stuck()
 
     async def send(self, key: int, value: int | None, how: str, *, there: bool) -> None:
         session = self.session
@@ -374,7 +392,7 @@ class Machine(RuleBasedStateMachine):
                 words = "INSERT INTO payments (id, amount) VALUES (:key, :value)"
             await self.done(session.execute(text(words), {"key": key, **({} if value is None else {"value": value})}))
 
-    def add(self, key: int) -> None:
+    async def add(self, key: int) -> None:
         """Give the session a new object, and send nothing."""
         model = self.model
         if model.work.owner == "reader":
@@ -389,9 +407,9 @@ class Machine(RuleBasedStateMachine):
         async def add() -> None:
             self.session.add(Payment(id=key, amount=value))
 
-        self.step(add(), errors)
+        await self.step(add(), errors)
 
-    def flush(self, *, elsewhere: bool) -> None:
+    async def flush(self, *, elsewhere: bool) -> None:
         user = self.user(elsewhere)
         if self.model.work.pending and not self.model.can_write(user):
             return
@@ -399,12 +417,13 @@ class Machine(RuleBasedStateMachine):
         async def flush() -> None:
             await self.done(self.session.flush())
 
-        self.step(flush(), self.model.flush(user), elsewhere=elsewhere)
-        self.leave_if_stuck()
+        await self.step(flush(), self.model.flush(user), elsewhere=elsewhere)
+        await self.leave_if_stuck()
 
     @precondition(lambda self: self.blocks and self.model.work.owner != "reader" and self.model.work.doom is None)
     @rule(how=st.sampled_from(["orm", "core"]), count=st.integers(1, 3))
-    def fail_a_statement(self, how: str, count: int) -> None:
+    @carried_out
+    async def fail_a_statement(self, how: str, count: int) -> None:
         """The database refuses a statement, and the error goes through `count` blocks."""
         model = self.model
         if model.work.stuck or not model.can_write("main") or SEED not in model.view() or not model.free(SEED):
@@ -414,19 +433,20 @@ class Machine(RuleBasedStateMachine):
         errors = model.failed_write("main", by_flush=how == "orm") or (IntegrityError,)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "New instance .* conflicts with persistent instance")
-            self.step(self.send(SEED, -1, how, there=False), errors)
-        self.leave_blocks(count, failing=True)
+            await self.step(self.send(SEED, -1, how, there=False), errors)
+        await self.leave_blocks(count, failing=True)
 
     @precondition(lambda self: self.blocks)
     @rule(how=st.sampled_from(["commit", "commit", "rollback", "close"]), elsewhere=st.booleans(), then=A_FEW)
-    def end_by_hand(self, how: str, elsewhere: bool, then: list[str]) -> None:
+    @carried_out
+    async def end_by_hand(self, how: str, elsewhere: bool, then: list[str]) -> None:
         """`session.commit()`, `.rollback()`, `.close()`: the user's own ways in a plain scope."""
         depth = len(self.blocks)
-        getattr(self, how)(elsewhere=elsewhere)
+        await getattr(self, how)(elsewhere=elsewhere)
         if len(self.blocks) == depth:
-            self.work_in_it(then, elsewhere=False)
+            await self.work_in_it(then, elsewhere=False)
 
-    def commit(self, *, elsewhere: bool) -> None:
+    async def commit(self, *, elsewhere: bool) -> None:
         """Refused in a managed transaction."""
         user = self.user(elsewhere)
         if self.model.work.owner is None and (self.model.work.stuck or not self.model.can_write(user)):
@@ -435,32 +455,33 @@ class Machine(RuleBasedStateMachine):
         async def commit() -> None:
             await self.done(self.session.commit())
 
-        self.step(commit(), self.model.commit(user), elsewhere=elsewhere)
-        self.leave_if_stuck()
+        await self.step(commit(), self.model.commit(user), elsewhere=elsewhere)
+        await self.leave_if_stuck()
 
-    def rollback(self, *, elsewhere: bool) -> None:
+    async def rollback(self, *, elsewhere: bool) -> None:
         """Dooms a managed transaction."""
 
         async def rollback() -> None:
             await self.done(self.session.rollback())
 
-        self.step(rollback(), self.model.rollback(self.user(elsewhere)), elsewhere=elsewhere)
+        await self.step(rollback(), self.model.rollback(self.user(elsewhere)), elsewhere=elsewhere)
 
-    def close(self, *, elsewhere: bool) -> None:
+    async def close(self, *, elsewhere: bool) -> None:
         """Waits for the owner's end in a managed transaction."""
 
         async def close() -> None:
             await self.done(self.session.close())
 
-        self.step(close(), self.model.close(self.user(elsewhere)), elsewhere=elsewhere)
+        await self.step(close(), self.model.close(self.user(elsewhere)), elsewhere=elsewhere)
 
     @precondition(lambda self: not self.blocks)
     @rule(what=st.sampled_from(HOOKS), elsewhere=st.booleans())
-    def hook_outside(self, what: str, elsewhere: bool) -> None:
+    @carried_out
+    async def hook_outside(self, what: str, elsewhere: bool) -> None:
         """Give a hook where no block is open."""
-        self.hook(what.partition(" ")[2], elsewhere=elsewhere)
+        await self.hook(what.partition(" ")[2], elsewhere=elsewhere)
 
-    def hook(self, outcome: Any, *, elsewhere: bool) -> None:
+    async def hook(self, outcome: Any, *, elsewhere: bool) -> None:
         errors: Errors = () if outcome != "before" or self.model._owned() else (NoTransactionError,)
         number = self.model.hook(outcome)
 
@@ -470,19 +491,20 @@ class Machine(RuleBasedStateMachine):
         async def register() -> None:
             getattr(self.db, "before_commit" if outcome == "before" else f"on_{outcome}")(fire)
 
-        self.step(register(), errors, elsewhere=elsewhere)
+        await self.step(register(), errors, elsewhere=elsewhere)
 
     # -- from inside ---------------------------------------------------------------------------------------------
 
     @rule(what=st.sampled_from(["set_rollback_only", "doom"]), elsewhere=st.booleans())
-    def mark(self, what: str, elsewhere: bool) -> None:
+    @carried_out
+    async def mark(self, what: str, elsewhere: bool) -> None:
         """Ask for a rollback at the end, in silence or with an error."""
         errors = self.model.set_rollback_only() if what == "set_rollback_only" else self.model.make_doom()
 
         async def mark() -> None:
             self.db.set_rollback_only() if what == "set_rollback_only" else self.db.doom("it is wrong")
 
-        self.step(mark(), errors, elsewhere=elsewhere)
+        await self.step(mark(), errors, elsewhere=elsewhere)
 
     # -- what holds after each step ------------------------------------------------------------------------------
 
@@ -501,8 +523,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """At the end of the program all blocks are left, and nothing stays behind."""
         try:
-            while self.blocks:
-                self.leave_blocks(1, failing=True)
+            self.world.steps.do(self.leave_all())
             self.what_is_committed_is_the_models()
             self.the_hooks_that_ran_are_the_models()
             assert self.kit.checked_out() == 0

@@ -1,6 +1,6 @@
 """Runs steps that are coroutines one by one, so that what a step sets in its context is there for the next one.
 
-`hand_over` runs a step as other work of the same scope does: in another thread with a copy of the context, as
+`hand_over` runs a part of a step as other work of the same scope does: in another thread with a copy of the context, as
 `asyncio.to_thread` does, or in a child task.
 """
 
@@ -31,9 +31,9 @@ class Steps:
         """Run a step."""
         return self._context.run(drive, step)  # type: ignore[no-any-return]  # drive() returns what the step does
 
-    def hand_over(self, step: Step[T]) -> T:
-        """Run a step elsewhere, to its end."""
-        return self._other.submit(self._context.copy().run, drive, step).result()  # type: ignore[no-any-return]  # as above
+    async def hand_over(self, step: Step[T]) -> T:
+        """Run a part of the running step elsewhere, to its end."""
+        return self._other.submit(contextvars.copy_context().run, drive, step).result()  # type: ignore[no-any-return]  # as above
 
     def close(self) -> None:
         """No more steps."""
@@ -66,11 +66,8 @@ class AsyncSteps(Steps):
         self._queue.put_nowait((step, result))
         return self._loop.run_until_complete(result)  # type: ignore[no-any-return]  # a future of the step's T
 
-    def hand_over(self, step: Step[T]) -> T:
-        async def child() -> T:
-            return await asyncio.create_task(step)
-
-        return self.do(child())
+    async def hand_over(self, step: Step[T]) -> T:
+        return await asyncio.create_task(step)
 
     def _end_task(self) -> None:
         if self._task is not None:
