@@ -502,13 +502,17 @@ async def test_transactions_5_the_real_clock_pauses(kit: Kit) -> None:
 # -- never what may be saved already -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wrote", [True, False])
 @twice
-async def test_failure_37_a_hook_that_meets_a_conflict_repeats_nothing(kit: Kit) -> None:
-    """Once the work is committed it is never repeated, whatever comes out of the hooks."""
+async def test_failure_37_a_hook_that_meets_a_conflict_repeats_nothing(kit: Kit, wrote: bool) -> None:
+    """Once the work is committed it is never repeated, whatever comes out of the hooks: others have run already."""
     work = Work(kit)
+    sent: list[int] = []
 
     async def pay() -> None:
-        await work()
+        if wrote:
+            await work()
+        kit.db.on_commit(sent.append, 1)
         kit.db.on_commit(of_colour(kit, hook))
 
     async def hook() -> None:
@@ -517,7 +521,8 @@ async def test_failure_37_a_hook_that_meets_a_conflict_repeats_nothing(kit: Kit)
     with pytest.raises(OperationalError) as caught:
         await kit.done(kit.db.run(of_colour(kit, pay), retry=Retry(on=Exception, clock=FakeClock())))
     assert "the commit stands" in caught.value.__notes__[0]
-    assert kit.amounts() == [1]
+    assert kit.amounts() == ([1] if wrote else [])
+    assert sent == [1]
 
 
 @twice

@@ -60,6 +60,8 @@ def commit_all(sessions: list[Any], committed: list[Any], home: Home) -> Plan[No
                         f"{_names(rest)} did not come to it, and {'is' if len(rest) == 1 else 'are'} rolled back"
                     )
                 raise
+        else:
+            cast("Owner", life.owner).committed = True  # there was nothing to send, and its hooks run all the same
         committed.append(session)
 
 
