@@ -1,4 +1,4 @@
-"""Any mix of scopes, blocks, savepoints, failures, hooks and hand-overs, against a model of plain dictionaries.
+"""Any mix of scopes, blocks, savepoints, failures, hooks, retries and hand-overs, against a model of dictionaries.
 
 Hypothesis makes up programs from the rules below, a step at a time, and shrinks one that fails to the shortest.
 After each step the committed rows, the hooks that ran and the connections that are out have to be the model's.
@@ -10,6 +10,8 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
@@ -17,10 +19,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import delete, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from dbscope import NoTransactionError, current_scope, scope
-from tests.support.kits import Kit, Payment
+from dbscope import NoTransactionError, Retry, RollbackOnlyError, TransactionAbortedError, current_scope, scope
+from tests.support.clock import FakeClock
+from tests.support.kits import Kit, Payment, of_colour
 from tests.support.model import Errors, Model
 from tests.support.steps import Steps, steps_for
 
@@ -39,10 +42,31 @@ ADDS = [f"add {key}" for key in KEYS]
 HOOKS = ["hook commit", "hook commit", "hook rollback", "hook before"]
 A_FEW = st.lists(st.one_of(map(st.sampled_from, (["read"], WRITES, ADDS, HOOKS))), max_size=2)
 WORK = ["flush", *["read"] * 6, *WRITES, *ADDS]
+# What a repeated function does: some parts, each a block inside (or none) and how it ends, and then its own end.
+PARTS = st.lists(
+    st.tuples(
+        st.sampled_from([*["plain"] * 4, "required", "nested", "new", "retry"]),
+        A_FEW,
+        st.sampled_from(["fine", "failure", "conflict"]),
+    ),
+    max_size=3,
+)
+ENDS = ["fine", *["conflict"] * 4, "failure", "swallowed", "before the commit", "after the commit"]
+ATTEMPTS = st.lists(st.tuples(PARTS, st.sampled_from(ENDS)), min_size=1, max_size=4)
+CONFLICT = "DO $$ BEGIN RAISE EXCEPTION 'somebody was faster' USING ERRCODE = 'serialization_failure'; END $$"
 
 
 class Failure(Exception):
     """What the user's own code raises."""
+
+
+@dataclass
+class Outcome:
+    """How an attempt has to end: with which errors, by the one that was raised in it, and whether another follows."""
+
+    errors: Errors
+    error: Exception | None = None
+    repeated: bool = False
 
 
 class World:
@@ -61,12 +85,23 @@ class World:
         self.steps: Steps = steps_for(kit)
         self.db = self.steps.do(self._database(options))
         self.outside = kit.outside.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if self.one_writer:
+            self.outside.execute(text("PRAGMA busy_timeout = 0"))
 
     async def _database(self, options: dict[str, Any]) -> Any:
         return self.kit.database(connect_args=options)
 
     def rows(self) -> dict[int, int]:
         return {row.id: row.amount for row in self.outside.execute(select(Payment.id, Payment.amount))}
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """On SQLite: somebody else has the write lock, or is refused it, if it is taken."""
+        self.outside.execute(text("BEGIN IMMEDIATE"))
+        try:
+            yield
+        finally:
+            self.outside.execute(text("ROLLBACK"))
 
     def abandon(self) -> None:
         """After a failure: close what is held, so that the next example does not wait for it."""
@@ -128,6 +163,8 @@ class Machine(RuleBasedStateMachine):
         self.blocks: list[tuple[Any, Any]] = []  # the manager of each open block (or savepoint), and its session
         self.fired: list[tuple[int, int]] = []
         self.values = 0
+        self.floor = 0  # how many of the blocks are around the function that is running
+        self.met: Exception | None = None  # the last conflict
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -163,6 +200,8 @@ class Machine(RuleBasedStateMachine):
     async def leave_if_stuck(self) -> None:
         """After a flush that failed, SQLAlchemy's session refuses all: the error goes on out of the block."""
         if self.model.stack and self.model.work.stuck:
+            if len(self.blocks) == self.floor:
+                raise Failure  # out of the function
             await self.leave_blocks(1, failing=True)
 
     # -- entering ------------------------------------------------------------------------------------------------
@@ -257,9 +296,10 @@ class Machine(RuleBasedStateMachine):
             return
         await self.leave_blocks(count, failing=failing)
 
-    async def leave_blocks(self, count: int, *, failing: bool) -> None:
-        error: Exception | None = Failure() if failing else None
-        for _ in range(min(count, len(self.blocks))):
+    async def leave_blocks(self, count: int, *, failing: bool, error: Exception | None = None) -> None:
+        if failing and error is None:
+            error = Failure()
+        for _ in range(min(count, len(self.blocks) - self.floor)):
             kind, closed = self.model.top.kind, self.model.top.closed
             errors = self.model.leave("main", failing=error is not None)
             manager, _ = self.blocks.pop()
@@ -506,6 +546,164 @@ class Machine(RuleBasedStateMachine):
 
         await self.step(mark(), errors, elsewhere=elsewhere)
 
+    # -- repeated work -------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.blocks) < DEPTH)
+    @rule(
+        attempts=ATTEMPTS,
+        times=st.integers(0, 3),
+        how=st.sampled_from(["run", "decorator", "new"]),
+        around=st.none() | A_FEW,
+    )
+    @carried_out
+    async def retry(self, attempts: list[Any], times: int, how: str, around: list[str] | None) -> None:
+        """Call a function that is repeated after conflicts, perhaps in a scope that has done something before."""
+        if around is not None:
+            await self.enter_scope()
+            if not await self.work_in_it(around, elsewhere=False):
+                return
+        await self.call_again_and_again(attempts, times, how)
+
+    async def call_again_and_again(self, attempts: list[Any], times: int, how: str) -> None:
+        """Each call of the function is another of the attempts; the last one, where there is none left."""
+        home = current_scope()
+        depth, floor = len(self.blocks), self.floor
+        sessions: list[Any] = []
+        outcomes: list[Outcome] = []
+
+        def pause() -> None:
+            assert current_scope() is home
+            self.what_is_committed_is_the_models()
+            self.the_hooks_that_ran_are_the_models()
+            self.the_connections_that_are_out_are_the_models()
+
+        async def function(word: str) -> tuple[str, int]:
+            session = self.db.session()
+            assert all(session is not other for other in sessions)
+            sessions.append(session)
+            self.model.enter_transaction("main", new=True)
+            self.blocks.append((None, session))
+            self.floor = len(self.blocks)
+            try:
+                outcome = await self.attempt(*attempts[min(len(sessions), len(attempts)) - 1])
+            finally:
+                del self.blocks[depth:]
+                self.floor = floor
+            outcomes.append(outcome)
+            if outcome.error is not None:
+                raise outcome.error
+            return word, len(sessions)
+
+        clock = FakeClock(during=pause)
+        policy = Retry(times, clock=clock)
+        refused = self.model.make_way("main")
+        result = came = None
+        try:
+            if how == "run":
+                result = await self.done(self.db.run(of_colour(self.kit, function), "done", retry=policy))
+            else:
+                decorated = self.db.transactional(retry=policy, new=how == "new")(of_colour(self.kit, function))
+                result = await self.done(decorated("done"))
+        except Exception as error:
+            came = error
+        if refused:
+            assert isinstance(came, refused), f"{came!r} came out, not one of {refused}"
+            assert not sessions
+            return
+        if came is not None and (len(outcomes) < len(sessions) or not isinstance(came, outcomes[-1].errors)):
+            raise came
+        *repeated, last = outcomes
+        assert all(outcome.repeated for outcome in repeated)
+        assert clock.pauses == [policy.longest(attempt + 1) for attempt in range(len(repeated))]
+        assert not last.repeated or len(outcomes) == times + 1
+        assert last.error is None or came is last.error
+        assert last.errors or result == ("done", len(sessions))
+        notes = getattr(came, "__notes__", [])
+        assert last.repeated is any(f"in the last of {len(outcomes)} attempt" in note for note in notes)
+
+    async def attempt(self, parts: list[Any], end: str) -> Outcome:
+        """What the function does when it is called, and what must come of it."""
+        model = self.model
+        by_conflict = False  # whether it can only roll back because of a conflict
+        error: Exception | None = None
+        try:
+            for kind, steps, part_end in parts:
+                doomed = model.work.doom is not None
+                met = await self.part(kind, steps, part_end)
+                by_conflict = by_conflict or (met and not doomed and model.work.doom is not None)
+            if end != "fine" and model.work.doom is None:
+                await self.read(elsewhere=False)
+            if end == "failure":
+                raise Failure
+            if end == "conflict" and model.work.doom is None:
+                await self.meet_a_conflict(self.session)
+            if end == "swallowed" and model.work.doom is None and model.work.connected:
+                with pytest.raises(DBAPIError):
+                    await self.meet_a_conflict(self.session)
+                if not self.world.one_writer:
+                    model.work.meets = (TransactionAbortedError,)
+        except (Failure, DBAPIError) as raised:
+            if raised is not self.met and not isinstance(raised, Failure):
+                raise
+            error = raised
+        if error is None and end in ("before the commit", "after the commit"):
+            self.conflict_in_a_hook(end)
+        if error is not None:
+            model.leave("main", failing=True)
+            return Outcome((type(error),), error, repeated=error is self.met)
+        met_there = model.work.meets
+        errors = model.leave("main", failing=False)
+        if not errors and end == "after the commit":
+            return Outcome((DBAPIError,))
+        conflict = errors == (RollbackOnlyError,) and by_conflict
+        return Outcome(errors, repeated=bool(errors) and (errors == met_there or conflict))
+
+    async def part(self, kind: str, steps: list[str], end: str) -> bool:
+        """Do a part of the function; returns whether it met a conflict, which the function then swallowed."""
+        depth = len(self.blocks)
+        if kind == "retry":
+            await self.call_again_and_again([([], "fine")], 1, "run")
+            return False
+        if kind == "plain":
+            await self.work_in_it(steps, elsewhere=False)
+            return False
+        await getattr(self, f"enter_{kind}")()
+        if len(self.blocks) > depth and await self.work_in_it(steps, elsewhere=False) and end == "conflict":
+            await self.read(elsewhere=False)
+        if len(self.blocks) == depth:
+            return False
+        error: Exception | None = None
+        if end == "conflict" and self.model.work.connected and self.model.work.doom is None:
+            try:
+                await self.meet_a_conflict(self.session)
+            except DBAPIError as met:
+                error = met
+        await self.leave_blocks(1, failing=end == "failure" or error is not None, error=error)
+        return error is not None
+
+    async def meet_a_conflict(self, session: Any) -> None:
+        """What the server says to whom was too slow."""
+        try:
+            if not self.world.one_writer:
+                await self.done(session.execute(text(CONFLICT)))
+            else:
+                with self.world.writing():
+                    await self.done(session.execute(text("UPDATE payments SET amount = 0 WHERE id = -1")))
+        except DBAPIError as error:
+            self.met = error
+            raise
+        raise AssertionError("there was no conflict")
+
+    def conflict_in_a_hook(self, when: str) -> None:
+        async def hook() -> None:
+            await self.meet_a_conflict(self.db.session())
+
+        if when == "before the commit":
+            self.model.work.meets = (DBAPIError,)
+            self.db.before_commit(of_colour(self.kit, hook))
+        else:
+            self.db.on_commit(of_colour(self.kit, hook))
+
     # -- what holds after each step ------------------------------------------------------------------------------
 
     @invariant()
@@ -569,7 +767,7 @@ def _no_garbage() -> Iterator[None]:
 
 def test_any_mix_of_blocks_on_sqlite(kit: Kit) -> None:
     """Whatever is nested, fails or is handed over: what is saved, and which hooks run, is what the rules say."""
-    run(kit, examples=600)
+    run(kit, examples=400)
 
 
 def test_any_mix_of_blocks_on_postgresql(server_kit: Kit) -> None:

@@ -66,6 +66,7 @@ class Work:
     doom: int | None = None  # the level whose rollback mends it; 0: none does
     quiet: bool = False  # its owner asked for a rollback, and gets it without an error
     stuck: bool = False  # a flush failed; SQLAlchemy wants a rollback first
+    meets: Errors = ()  # what its commit meets, after the hooks before it
     closed_over: bool = False  # the user closed the session over writes
     user: object = None  # which thread or task used it last
 
@@ -371,6 +372,15 @@ class Model:
         work.owner = "block"
         return self._push("adopted", work)
 
+    def make_way(self, user: object) -> Errors:
+        """Before work that is repeated after conflicts: it has to be the outermost, and keeps no one's connection."""
+        if not self.stack:
+            return FINE
+        work = self.work
+        if any(other.owner is not None for other in self.works()) or len(work.levels) > 1 or work.uncommitted:
+            return (TransactionInProgress,)
+        return self.commit(user) if work.begun else FINE
+
     def enter_reader(self) -> Errors:
         if self.stack and self.work.owner == "reader":
             return self._push("joined reader", self.work)
@@ -426,9 +436,9 @@ class Model:
         self.stack.append(frame)  # its transaction is still open while its hooks run, and while it flushes
         out = self.checked_out()
         self.fired += [(hook.number, out) for hook in work.hooks if hook.outcome == "before"]
-        if work.stuck:
+        if work.meets or work.stuck:
             self.stack.pop()
-            return (InvalidRequestError,)
+            return work.meets or (InvalidRequestError,)
         errors = self._flush(work, user)
         self.stack.pop()
         if not errors:
