@@ -452,6 +452,18 @@ async def _cancelled_in_a_hook(work: Callable[[Callable[[], Any]], Any]) -> asyn
     return task
 
 
+async def _cancelled_in_the_first_of_two(kit: AsyncKit, second: Callable[[], Any]) -> asyncio.Task[Any]:
+    """Commit a payment, and cancel the work in its first hook; `second` is the other one."""
+
+    async def work(waits: Callable[[], Any]) -> None:
+        async with kit.db.transaction() as session:
+            session.add(Payment(amount=1))
+            kit.db.on_commit(waits)
+            kit.db.on_commit(second)
+
+    return await _cancelled_in_a_hook(work)
+
+
 async def test_transactions_8_a_cancel_ends_one_hook_and_stops_no_other(async_kit: AsyncKit) -> None:
     """What follows from a commit does not depend on the moment of a cancel, which comes out after the last hook."""
     seen: list[str] = []
@@ -460,13 +472,7 @@ async def test_transactions_8_a_cancel_ends_one_hook_and_stops_no_other(async_ki
         await asyncio.sleep(0)
         seen.append("later")
 
-    async def work(waits: Callable[[], Any]) -> None:
-        async with async_kit.db.transaction() as session:
-            session.add(Payment(amount=1))
-            async_kit.db.on_commit(waits)
-            async_kit.db.on_commit(later)
-
-    task = await _cancelled_in_a_hook(work)
+    task = await _cancelled_in_the_first_of_two(async_kit, later)
     assert task.cancelled()
     assert seen == ["later"]
     assert async_kit.amounts() == [1]
@@ -478,13 +484,7 @@ async def test_transactions_8_a_cancelled_hook_is_on_top_of_a_failing_one(async_
     def fail() -> None:
         raise ValueError("mail")
 
-    async def work(waits: Callable[[], Any]) -> None:
-        async with async_kit.db.transaction() as session:
-            session.add(Payment(amount=1))
-            async_kit.db.on_commit(waits)
-            async_kit.db.on_commit(fail)
-
-    task = await _cancelled_in_a_hook(work)
+    task = await _cancelled_in_the_first_of_two(async_kit, fail)
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
     assert "ValueError('mail')" in "".join(caught.value.__notes__)

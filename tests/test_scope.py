@@ -839,30 +839,47 @@ def test_scopes_5_handing_over_between_threads_is_fine(sync_kit):
     assert sync_kit.count() == 1
 
 
-@pytest.mark.parametrize("ending", ["commit", "rollback", "close", "reset"])
-async def test_scopes_5_a_sibling_cannot_end_what_another_wrote(async_kit, ending):
-    """FAILURES 7: between a task's write and its commit no sibling may commit, roll back or close; both are named."""
+async def of_siblings(kit, sibling, *, write=None, finish=None):
+    """What comes of two tasks of one scope: one writes, its sibling does something, and then the first one commits.
+
+    Args:
+        sibling: called between the write and what follows it.
+        write: instead of adding and flushing a payment.
+        finish: instead of the commit.
+    """
     wrote, tried = asyncio.Event(), asyncio.Event()
 
+    async def add():
+        kit.session().add(Payment(amount=7))
+        await kit.done(kit.session().flush())
+
     async def writer():
-        session = async_kit.session()
-        session.add(Payment(amount=7))
-        await session.flush()
+        await (write or add)()
         wrote.set()
         await tried.wait()
-        await session.commit()
+        await (finish or (lambda: kit.done(kit.session().commit())))()
 
-    async def sibling():
+    async def beside():
         await wrote.wait()
         try:
-            await getattr(async_kit.session(), ending)()
+            await sibling()
         finally:
             tried.set()
 
     async with scope("request"):
-        async_kit.session()
-        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(sibling(), name="sibling")]
-        one, error = await asyncio.gather(*tasks, return_exceptions=True)
+        kit.session()
+        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(beside(), name="sibling")]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback", "close", "reset"])
+async def test_scopes_5_a_sibling_cannot_end_what_another_wrote(async_kit, ending):
+    """FAILURES 7: between a task's write and its commit no sibling may commit, roll back or close; both are named."""
+
+    async def sibling():
+        await getattr(async_kit.session(), ending)()
+
+    one, error = await of_siblings(async_kit, sibling)
     assert one is None
     assert isinstance(error, OverlapError)
     assert re.search(rf"session.{ending}\(\) was called by task 'sibling' at \S*test_scope.py:\d+", str(error))
@@ -873,40 +890,28 @@ async def test_scopes_5_a_sibling_cannot_end_what_another_wrote(async_kit, endin
 @pytest.mark.parametrize("door", ["transaction", "connection's commit", "connection's rollback"])
 async def test_scopes_5_a_sibling_cannot_end_it_by_another_door(async_kit, door):
     """`session.get_transaction().commit()`, and the methods of `session.connection()`, are the same ends."""
-    wrote, tried = asyncio.Event(), asyncio.Event()
 
-    async def writer():
+    async def write():
         await async_kit.session().execute(update(Payment).values(amount=1))
-        wrote.set()
-        await tried.wait()
+
+    async def finish():
         await async_kit.session().rollback()
 
     async def sibling():
-        await wrote.wait()
-        try:
-            if door == "transaction":
-                await async_kit.session().get_transaction().commit()
-            else:
-                await getattr(await async_kit.session().connection(), door.split()[1])()
-        finally:
-            tried.set()
+        if door == "transaction":
+            await async_kit.session().get_transaction().commit()
+        else:
+            await getattr(await async_kit.session().connection(), door.split()[1])()
 
-    async with scope():
-        async_kit.session()
-        _, error = await asyncio.gather(writer(), sibling(), return_exceptions=True)
+    _, error = await of_siblings(async_kit, sibling, write=write, finish=finish)
     assert isinstance(error, OverlapError)
 
 
 async def test_scopes_5_a_rollback_by_another_door_is_told_to_the_one_who_wrote(async_kit):
     """Where a sibling's rollback cannot be refused, the writer's commit must not succeed without its rows."""
-    wrote, tried = asyncio.Event(), asyncio.Event()
 
-    async def writer():
+    async def finish():
         session = async_kit.session()
-        session.add(Payment(amount=7))
-        await session.flush()
-        wrote.set()
-        await tried.wait()
         with pytest.raises(OverlapError, match=r"task 'writer' wrote .* was rolled back by task 'sibling'"):
             await session.commit()
         await session.rollback()  # said and done: the session serves again
@@ -914,65 +919,32 @@ async def test_scopes_5_a_rollback_by_another_door_is_told_to_the_one_who_wrote(
         await session.commit()
 
     async def sibling():
-        await wrote.wait()
         await async_kit.session().get_transaction().rollback()
-        tried.set()
 
-    async with scope("request"):
-        async_kit.session()
-        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(sibling(), name="sibling")]
-        await asyncio.gather(*tasks)
+    assert await of_siblings(async_kit, sibling, finish=finish) == [None, None]
     assert async_kit.amounts() == [8]
 
 
 async def test_scopes_5_a_sibling_that_cleans_up_after_an_error_keeps_its_error(async_kit):
     """A sibling's `async with session:` around a failing body lets its own error through, with a note."""
-    wrote, tried = asyncio.Event(), asyncio.Event()
-
-    async def writer():
-        async_kit.session().add(Payment())
-        await async_kit.session().flush()
-        wrote.set()
-        await tried.wait()
-        await async_kit.session().commit()
 
     async def sibling():
-        await wrote.wait()
-        try:
-            async with async_kit.session():
-                raise KeyError("mine")
-        finally:
-            tried.set()
+        async with async_kit.session():
+            raise KeyError("mine")
 
-    async with scope():
-        async_kit.session()
-        _, error = await asyncio.gather(writer(), sibling(), return_exceptions=True)
+    _, error = await of_siblings(async_kit, sibling)
     assert isinstance(error, KeyError)
     assert async_kit.count() == 1
 
 
 async def test_scopes_5_a_sibling_that_cleans_up_a_sync_session_keeps_its_error(sync_kit):
     """A sibling's `with session:` around a failing body does, too, on a sync session that tasks share."""
-    wrote, tried = asyncio.Event(), asyncio.Event()
-
-    async def writer():
-        sync_kit.session().add(Payment())
-        sync_kit.session().flush()
-        wrote.set()
-        await tried.wait()
-        sync_kit.session().commit()
 
     async def sibling():
-        await wrote.wait()
-        try:
-            with sync_kit.session():
-                raise KeyError("mine")
-        finally:
-            tried.set()
+        with sync_kit.session():
+            raise KeyError("mine")
 
-    async with scope():
-        sync_kit.session()
-        _, error = await asyncio.gather(writer(), sibling(), return_exceptions=True)
+    _, error = await of_siblings(sync_kit, sibling)
     assert isinstance(error, KeyError)
     assert "is still running" in error.__notes__[0]
     assert sync_kit.count() == 1
@@ -980,27 +952,12 @@ async def test_scopes_5_a_sibling_that_cleans_up_a_sync_session_keeps_its_error(
 
 async def test_scopes_5_a_sibling_cannot_take_over_what_another_wrote(async_kit):
     """A sibling's block is refused with the names of both, not with the advice to commit the other's writes."""
-    wrote, tried = asyncio.Event(), asyncio.Event()
-
-    async def writer():
-        async_kit.session().add(Payment(amount=7))
-        await async_kit.session().flush()
-        wrote.set()
-        await tried.wait()
-        await async_kit.session().commit()
 
     async def sibling():
-        await wrote.wait()
-        try:
-            async with async_kit.transaction():
-                pass
-        finally:
-            tried.set()
+        async with async_kit.transaction():
+            pass
 
-    async with scope():
-        async_kit.session()
-        tasks = [asyncio.create_task(writer(), name="writer"), asyncio.create_task(sibling(), name="sibling")]
-        _, error = await asyncio.gather(*tasks, return_exceptions=True)
+    _, error = await of_siblings(async_kit, sibling)
     assert isinstance(error, OverlapError)
     assert re.search(r"transaction\(\) was called by task 'sibling' .* task 'writer', which wrote", str(error))
     assert async_kit.amounts() == [7]

@@ -46,12 +46,12 @@ WORK = ["flush", *["read"] * 6, *WRITES, *ADDS]
 PARTS = st.lists(
     st.tuples(
         st.sampled_from([*["plain"] * 4, "required", "nested", "new", "retry"]),
-        A_FEW,
+        st.lists(st.one_of(map(st.sampled_from, (["read"], WRITES, ADDS, HOOKS, HOOKS))), max_size=3),
         st.sampled_from(["fine", "failure", "conflict"]),
     ),
     max_size=3,
 )
-ENDS = ["fine", *["conflict"] * 4, "failure", "swallowed", "before the commit", "after the commit"]
+ENDS = ["fine", "fine", *["conflict"] * 4, "failure", "swallowed", "before the commit", "after the commit"]
 ATTEMPTS = st.lists(st.tuples(PARTS, st.sampled_from(ENDS)), min_size=1, max_size=4)
 CONFLICT = "DO $$ BEGIN RAISE EXCEPTION 'somebody was faster' USING ERRCODE = 'serialization_failure'; END $$"
 

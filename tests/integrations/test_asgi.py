@@ -12,7 +12,7 @@ from dbscope import NoScopeError, ScopeEndedError, current_scope
 from dbscope.integrations.asgi import ScopeMiddleware
 from tests.support import needs
 from tests.support.kits import LIMIT, Account, Payment, SyncKit
-from tests.support.web import call_asgi, fetch, http_scope, serve_asgi, wait_for
+from tests.support.web import call_asgi, fetch, fetch_together, http_scope, serve_asgi, wait_for
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"x"}
@@ -463,23 +463,16 @@ def test_on_uvicorn(sync, tmp_path):
             pass
         gone.set()
 
-    statuses = {}
-
-    def client(path):
-        statuses[path], _ = fetch(port, path, method="POST")
-
     with serve_asgi(ScopeMiddleware(app, "on-success")) as port:
         paths = ["/same", "/raise", *(f"/{number}" for number in range(6))]
-        threads = [threading.Thread(target=client, args=(path,)) for path in paths]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LIMIT)
+        answers = fetch_together(port, paths)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
         connection.request("POST", "/stream")
         assert connection.getresponse().read(4) == b"free"
         connection.close()
         wait_for(gone.is_set)
         assert fetch(port, "/dispose")[0] == 200
-    assert statuses == {path: 500 if path in ("/same", "/raise") else 201 for path in paths}
+    assert {path: status for path, (status, _) in answers.items()} == {
+        path: 500 if path in ("/same", "/raise") else 201 for path in paths
+    }
     assert sync.count(Account) == 7

@@ -18,6 +18,7 @@ from tests.support.web import (
     call_wsgi,
     environ,
     fetch,
+    fetch_together,
     serve_waitress,
     serve_wsgiref,
 )
@@ -524,19 +525,10 @@ def test_on_a_real_server(sync_kit, serve):
         start_response("201 Created", [*HEADERS])
         return [path.encode()]
 
-    answers = {}
-
-    def client(path):
-        answers[path] = fetch(port, path, method="POST")
-
     assert sync_kit.db
     with serve(ScopeMiddleware(app, "on-success")) as port:
         paths = ["/same", "/raise", *(f"/{number}" for number in range(8))]
-        threads = [threading.Thread(target=client, args=(path,)) for path in paths]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LIMIT)
+        answers = fetch_together(port, paths)
     assert {path: status for path, (status, _) in answers.items()} == {
         path: 500 if path in ("/same", "/raise") else 201 for path in paths
     }

@@ -19,7 +19,7 @@ import contextlib
 import http.client
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -282,6 +282,21 @@ def fetch(port: int, path: str = "/", *, method: str = "GET") -> tuple[int, byte
         return response.status, response.read()
     finally:
         connection.close()
+
+
+def fetch_together(port: int, paths: Iterable[str]) -> dict[str, tuple[int, bytes]]:
+    """POST to all paths at the same time, each in a thread; returns status and body of each."""
+    answers: dict[str, tuple[int, bytes]] = {}
+
+    def client(path: str) -> None:
+        answers[path] = fetch(port, path, method="POST")
+
+    threads = [threading.Thread(target=client, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    return answers
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
