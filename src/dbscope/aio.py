@@ -66,7 +66,6 @@ from dbscope.transaction import AsyncTransaction, transactional
 __all__ = ["AsyncDatabase", "AsyncSessionRegistry"]
 
 S = TypeVar("S", bound=AsyncSession)
-F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -253,23 +252,6 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
     def reader(self, *, autocommit: bool = False) -> AsyncTransaction[S]:
         """Async version of `Database.reader`."""
         return AsyncTransaction(self, self._reader_terms(autocommit))
-
-    @overload
-    def transactional(self, function: F) -> F: ...
-
-    @overload
-    def transactional(
-        self, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
-    ) -> Callable[[F], F]: ...
-
-    def transactional(
-        self, function: Any = None, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
-    ) -> Any:
-        """Async version of `Database.transactional`, for coroutine functions."""
-        terms = self._terms(options)
-        if function is None:
-            return lambda decorated: transactional(self, decorated, terms, retry)
-        return transactional(self, function, terms, retry)
 
     async def run(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts, retry: Retry | int = 3) -> R:
         """Async version of `Database.run`, for a coroutine function. A cancel ends a pause at once."""

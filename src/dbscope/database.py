@@ -249,6 +249,40 @@ class BaseDatabase:
         fork.keep_alive([*self._loose])
         self.holders.clear()
 
+    # -- the decorator -----------------------------------------------------------------------------------------
+
+    @overload
+    def transactional(self, function: F) -> F: ...
+
+    @overload
+    def transactional(
+        self, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Callable[[F], F]: ...
+
+    def transactional(
+        self, function: Any = None, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
+    ) -> Any:
+        """Decorate a function or a method, so that each call runs in `transaction()`, with the same options.
+
+        An async database decorates coroutine functions, and no others.
+
+        With `retry` each attempt runs in a scope, a session and a transaction of its own, and a conflict with other
+        work (a serialization failure, a deadlock) repeats the whole call.
+
+        Args:
+            function: what to decorate.
+            retry: how many attempts may follow the first one, or a `Retry`.
+            options: as for `transaction`.
+
+        Raises:
+            ConfigurationError: on decorating, for generators, and functions of the other colour.
+            TransactionInProgress: on calling, where retry was asked for and a managed transaction is open.
+        """
+        terms = self._terms(options)
+        if function is None:
+            return lambda decorated: transactional(self, decorated, terms, retry)
+        return transactional(self, function, terms, retry)
+
     # -- hooks -------------------------------------------------------------------------------------------------
 
     def before_commit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
@@ -518,36 +552,6 @@ class Database(BaseDatabase, Generic[S]):
                 pooler such as PgBouncer between.
         """
         return Transaction(self, self._reader_terms(autocommit))
-
-    @overload
-    def transactional(self, function: F) -> F: ...
-
-    @overload
-    def transactional(
-        self, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
-    ) -> Callable[[F], F]: ...
-
-    def transactional(
-        self, function: Any = None, *, retry: Retry | int | None = None, **options: Unpack[TransactionOptions]
-    ) -> Any:
-        """Decorate a function or a method, so that each call runs in `transaction()`, with the same options.
-
-        With `retry` each attempt runs in a scope, a session and a transaction of its own, and a conflict with other
-        work (a serialization failure, a deadlock) repeats the whole call.
-
-        Args:
-            function: what to decorate.
-            retry: how many attempts may follow the first one, or a `Retry`.
-            options: as for `transaction`.
-
-        Raises:
-            ConfigurationError: on decorating, for generators, and functions of the other colour.
-            TransactionInProgress: on calling, where retry was asked for and a managed transaction is open.
-        """
-        terms = self._terms(options)
-        if function is None:
-            return lambda decorated: transactional(self, decorated, terms, retry)
-        return transactional(self, function, terms, retry)
 
     def run(self, function: Callable[[*Ts], R], *args: *Ts, retry: Retry | int = 3) -> R:
         """Call a function in a managed transaction, again and again as long as it meets conflicts.
