@@ -1,5 +1,7 @@
 """FAILURES 15: what a fork changes. The parent goes on, the child starts clean, no connection is spoken on twice."""
 
+import contextvars
+import gc
 import json
 import multiprocessing
 import os
@@ -128,8 +130,6 @@ def test_failures_15_a_block_that_goes_on_in_the_child(sync_server_kit):
 def test_failures_15_threads_with_implicit_scopes(sync_server_kit):
     """Threads whose implicit scopes hold transactions do not exist in the child: their sessions are neither used nor
     closed there, also when the child collects its garbage and ends, and the parent's threads go on."""
-    import gc
-
     kit = sync_server_kit
     ready, go = threading.Barrier(4), threading.Event()
     sessions, results = [], []
@@ -213,6 +213,65 @@ def test_failures_15_scopes_by_id(sync_server_kit):
     assert kit.amounts() == [1, 2]
 
 
+def test_failures_15_the_scopes_around_the_innermost_one(sync_server_kit):
+    """The child leaves all of the scopes that it was forked in, and drops them: their transactions are the parent's."""
+    kit = sync_server_kit
+    scopes = [scope("outer"), scope("inner")]
+    for amount, work in enumerate(scopes):
+        work.__enter__()
+        kit.session().add(Payment(amount=amount))
+        kit.session().flush()
+
+    def child():
+        while scopes:
+            scopes.pop().__exit__(None, None, None)
+        gc.collect()
+        return current_scope() is None
+
+    try:
+        assert fork(child) is True
+        for work in reversed(scopes):
+            kit.session().commit()
+            work.__exit__(None, None, None)
+    finally:
+        for work in reversed(scopes):
+            work.__exit__(None, None, None)
+    assert kit.amounts() == [0, 1]
+
+
+def test_failures_15_scopes_by_id_of_other_work(sync_server_kit):
+    """In the child an id names new work, whose begin ends nothing of the parent's, wherever the parent uses it."""
+    kit = sync_server_kit
+
+    def elsewhere(function):
+        contextvars.copy_context().run(function)
+
+    def begin():
+        begin_scope("request 1")
+        kit.session().add(Payment(amount=1))
+        kit.session().flush()
+
+    def commit():
+        begin_scope("request 1")
+        kit.session().commit()
+
+    def child():
+        mine = begin_scope("request 1", "the child's")
+        kit.session().add(Payment(amount=2))
+        kit.session().commit()
+        end_scope("request 1")
+        gc.collect()
+        return mine.name
+
+    elsewhere(begin)
+    try:
+        assert fork(child) == "the child's"
+        elsewhere(commit)
+    finally:
+        elsewhere(lambda: end_scope("request 1"))
+    assert kit.amounts() == [1, 2]
+
+
 def test_failures_15_sessions_outside_of_scopes(sync_server_kit):
     """A session that `new_session()` gave is the parent's, too."""
     kit = sync_server_kit
@@ -226,8 +285,6 @@ def test_failures_15_sessions_outside_of_scopes(sync_server_kit):
 
 def test_failures_15_a_dropped_session_is_not_collected_in_the_child(sync_server_kit):
     """A session that only the collector would close in the child is never closed there: the parent's work goes on."""
-    import gc
-
     kit = sync_server_kit
     kept = [kit.db.new_session()]
     kept[0].add(Payment(amount=1))

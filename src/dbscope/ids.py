@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from dbscope.errors import ConfigurationError, ScopeMisuseError
-from dbscope.scope import Colour, Commit, PlacedScope, Scope, current_scope, disinherit
+from dbscope.scope import Colour, Commit, PlacedScope, Scope, disinherit
 from dbscope.scope import _current as _current_scope
 from dbscope.where import here, running_loop, spell
 
@@ -105,6 +105,6 @@ def _hashable(id: Any) -> bool:
 
 def disinherit_all(parent: int) -> None:
     """In the child of a fork: the open scopes are the parent's."""
-    for work in [*_open.values(), *filter(None, [current_scope()])]:
+    for work in _open.values():
         disinherit(work, parent)
     _open.clear()

@@ -662,7 +662,6 @@ def disinherit(home: Scope, parent: int) -> None:
     end = End(home, f"it belongs to process {parent}", pid=parent)
     for session in home._all():
         end_life(session, end)
-        life_of(session).released = True
     _inherited.append(dict(home._sessions))
     home._sessions.clear()
 
