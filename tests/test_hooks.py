@@ -4,10 +4,11 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.util import await_only
 
@@ -435,6 +436,25 @@ async def test_transactions_8_an_async_hook_outside_of_a_transaction(async_kit: 
         await async_kit.db.on_commit(hook)  # need not wait, and does not
         assert seen == ["done", "plain"]
     assert seen == ["done", "plain", "done"]
+
+
+@twice
+async def test_transactions_8_hooks_of_a_plain_scope_come_after_its_last_session(kit: Kit, tmp_path: Path) -> None:
+    """What a scope's end rolled back is followed by its hooks when every session is given back, not in between."""
+    other = kit.file(tmp_path / "other.db")
+    seen: list[int] = []
+
+    async def work() -> None:
+        async with kit.scope():
+            kit.session().add(Payment())
+            await kit.done(kit.session().flush())
+            await kit.done(kit.session(other).execute(select(Payment)))
+            kit.db.on_rollback(lambda: seen.append(kit.checked_out() + kit.checked_out(other)))
+            raise KeyError("the work failed")
+
+    with pytest.raises(KeyError):
+        await work()
+    assert seen == [0]
 
 
 async def _cancelled_in_a_hook(work: Callable[[Callable[[], Any]], Any]) -> asyncio.Task[Any]:

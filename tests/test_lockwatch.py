@@ -36,6 +36,23 @@ def test_waiting_for_the_row_of_the_outer_transaction_is_refused(url):
         assert db.engine.pool.checkedout() == 0
 
 
+def test_the_connection_that_waits_is_the_one_that_is_watched(url):
+    """A session's next transaction may have another connection: it is that one whose wait is seen."""
+    with Database(url, connect_args={"options": "-c lock_timeout=10s"}) as db:
+        with db.transaction() as outer:
+            outer.execute(text(ROW), {"amount": 1})
+            with scope("inner"):
+                inner = db.session()
+                first = inner.scalar(text("SELECT pg_backend_pid()"))
+                inner.commit()
+                with scope("other"):
+                    assert db.session.scalar(text("SELECT pg_backend_pid()")) == first
+                    assert inner.scalar(text("SELECT pg_backend_pid()")) != first
+                    with pytest.raises(SelfBlockedError):
+                        inner.execute(text(ROW), {"amount": 10})
+                    inner.rollback()
+
+
 def test_the_part_of_a_fan_out_that_waits_for_its_caller_is_refused(url):
     """A part of a fan-out that waits for a row its caller has changed raises, for the caller waits for the part."""
     with Database(url) as db:

@@ -550,6 +550,16 @@ async def test_scopes_4_harmless_clean_up_stays_harmless(kit):
 
 
 @twice
+async def test_scopes_4_clean_up_after_a_block_of_its_own_is_harmless(kit):
+    """What a managed transaction refused is harmless clean-up when it is over: it has no owner any more."""
+    async with kit.transaction() as session:
+        await kit.done(session.execute(text("SELECT 1")))
+    for clean_up in (session.close, session.rollback, session.commit, session.reset, session.invalidate) * 2:
+        await kit.done(clean_up())
+    assert kit.checked_out() == 0
+
+
+@twice
 async def test_scopes_4_work_that_inherited_the_scope_is_told(kit):
     """FAILURES 9: a background thread or task that outlives its request gets an error that says what to do."""
     over = kit.event()
@@ -1009,6 +1019,23 @@ async def test_scopes_5_a_task_remembers_no_write_that_is_over(sync_kit, ending)
         session.rollback()
 
 
+@twice
+async def test_scopes_8_what_a_savepoint_undid_is_not_missed(kit):
+    """Writes that went with the rollback to a savepoint are not reported as lost, and a block may follow them."""
+    async with kit.scope():
+        session = kit.session()
+        for _ in range(2):
+            savepoint = await kit.done(session.begin_nested())
+            await kit.done(session.execute(insert(Payment)))
+            await kit.done(savepoint.rollback())
+        async with kit.transaction():
+            session.add(Payment(amount=1))
+        savepoint = await kit.done(session.begin_nested())
+        await kit.done(session.execute(insert(Payment)))
+        await kit.done(savepoint.rollback())
+    assert kit.amounts() == [1]
+
+
 async def test_scopes_5_what_a_finished_task_wrote_anybody_may_end(async_kit):
     """When the task that wrote is through, its work is the scope's, and the parent commits it."""
 
@@ -1445,6 +1472,31 @@ def test_scopes_9_only_an_interrupt_throws_the_connection_away(sync_kit):
         for _ in range(3):
             session.rollback()
             session.scalar(text("SELECT 1"))
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("ending", ["close", "reset", "invalidate", "the scope"])
+def test_scopes_9_a_connection_that_was_interrupted_is_thrown_away_whatever_ends_it(sync_kit, ending):
+    """Nobody gets a connection back that was in the middle of something, whichever way the transaction ends."""
+    made = []
+    event.listen(sync_kit.db.engine, "connect", lambda *_: made.append(1))
+
+    def interrupt(*_):
+        raise Interrupt
+
+    with scope():
+        session = sync_kit.session()
+        session.scalar(text("SELECT 1"))
+        event.listen(session, "before_flush", interrupt, once=True)
+        session.add(Payment())
+        with pytest.raises(Interrupt):
+            session.flush()
+        if ending == "the scope":
+            session.expunge_all()  # what is pending would be reported
+        else:
+            getattr(session, ending)()
+    with scope():
+        sync_kit.session().scalar(text("SELECT 1"))
     assert len(made) == 2
 
 

@@ -242,6 +242,18 @@ async def test_transactions_10_so_is_a_block_that_adopts_what_was_read(kit: Kit)
 
 
 @twice
+async def test_transactions_10_a_write_that_is_committed_holds_no_lock(kit: Kit) -> None:
+    """A plain scope that wrote, committed and reads again is in nobody's way: what is inside of it may write."""
+    async with kit.scope():
+        await kit.done(kit.session().execute(write(1)))
+        await kit.done(kit.session().commit())
+        await kit.done(kit.session().execute(ALL))
+        async with kit.transaction(new=True) as inner:
+            await kit.done(inner.execute(write(2)))
+    assert kit.amounts() == [1, 2]
+
+
+@twice
 async def test_transactions_10_a_savepoint_undone_gives_no_lock_back(kit: Kit) -> None:
     """SQLite keeps the write lock when the savepoint is rolled back in which it was taken: still refused at once."""
     kit.database(connect_args={"timeout": 0})

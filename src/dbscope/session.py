@@ -100,7 +100,10 @@ class ScopedSession(Session):
         """Reset as `Session.reset`; refused in a managed transaction."""
         self._dbscope.refuse_stranger("session.reset()")
         self._dbscope.refuse_sibling("session.reset()")
-        super().reset()
+        if self._dbscope.broken:
+            self._throw_away()
+        else:
+            super().reset()
 
     def invalidate(self) -> None:
         """Invalidate as `Session.invalidate`; refused in a managed transaction."""
