@@ -331,6 +331,7 @@ async def test_reads_the_server_refuses_what_the_text_hides(server_kit: Kit) -> 
     "lift",
     [
         "SET TRANSACTION READ WRITE",
+        "set transaction read\n    write",
         "SET transaction_read_only = off",
         "SET LOCAL transaction_read_only TO off",
         "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE",
@@ -364,6 +365,16 @@ async def test_reads_a_reader_may_change_other_settings(server_kit: Kit) -> None
     async with server_kit.reader() as session:
         await server_kit.done(session.execute(text("SET LOCAL work_mem = '8MB'")))
         assert await server_kit.done(session.scalar(text("SHOW work_mem"))) == "8MB"
+
+
+@twice
+async def test_reads_a_reader_without_a_transaction_may_not(server_kit: Kit) -> None:
+    """Where no transaction's end undoes a setting, it is refused: the next user of the connection would find it."""
+    async with server_kit.reader(autocommit=True) as session:
+        before = await server_kit.done(session.scalar(text("SHOW work_mem")))
+        with pytest.raises(ReadOnlyError, match="the next user of the connection would find it"):
+            await server_kit.done(session.execute(text("SET work_mem = '8MB'")))
+        assert await server_kit.done(session.scalar(text("SHOW work_mem"))) == before
 
 
 @twice

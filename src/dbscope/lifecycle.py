@@ -593,8 +593,8 @@ def _commits_at_once(connection: Connection) -> bool:
 
 def _lifts_read_only(text: str) -> bool:
     """Whether a SET or PRAGMA touches what makes a reader's connection read-only."""
-    words = text.lower()
-    return any(word in words for word in ("read write", "read_only", "query_only", "characteristics", "read only"))
+    words = " ".join(text.lower().split())
+    return any(word in words for word in ("read write", "read_only", "query_only"))
 
 
 def life_of(session: Any) -> Lifecycle:
