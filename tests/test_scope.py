@@ -432,6 +432,18 @@ async def test_scopes_3_finish_ends_the_work_before_the_block(kit):
     assert kit.count() == 1
 
 
+@pytest.mark.parametrize("commit", [None, "on-success"])
+async def test_scopes_3_an_async_connection_is_not_ended_by_a_call_that_cannot_wait(async_kit, commit):
+    """`finish()` refuses where `afinish()` is needed, and nothing has happened: the work goes on."""
+    async with scope(commit=commit) as work:
+        await async_kit.session().execute(text("SELECT 1"))
+        with pytest.raises(ScopeMisuseError, match=r"Use `await afinish\(\)`"):
+            work.finish()
+        async_kit.session().add(Payment())
+        await work.afinish() if commit else await async_kit.session().commit()
+    assert async_kit.count() == 1
+
+
 @pytest.mark.parametrize("end", [Scope.finish, lambda work: work.__exit__(None, None, None)], ids=["finish", "exit"])
 def test_scopes_3_an_end_within_the_end_does_nothing(sync_kit, end):
     """A listener that ends the scope which is just committing neither commits twice nor releases too early."""
