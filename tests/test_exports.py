@@ -1,11 +1,13 @@
 """What `import dbscope` offers."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import dbscope
+from dbscope import errors
 from tests.support import needs
 
 # The public names, sorted. A name that is missing here is not public; one that goes from here breaks its users.
@@ -84,3 +86,18 @@ def belongs_in_an_index(statement: ast.stmt) -> bool:
         case ast.FunctionDef(name=name):
             return name in ("__getattr__", "__dir__")
     return False
+
+
+def test_the_tree_of_errors_is_the_one_that_is_drawn() -> None:
+    """Who catches an error by its base catches what the tree at the top of `dbscope.errors` shows below it."""
+    drawn = {}
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"    ([│├└─ ]*)(\w+)", line)
+        if found is not None and hasattr(errors, found[2]):
+            path[len(found[1]) // 4 :] = [found[2]]
+            drawn[found[2]] = path[-2] if len(path) > 1 else None
+    assert {*drawn} == {*errors.__all__}
+    for name, base in drawn.items():
+        bases = [found.__name__ for found in getattr(errors, name).__bases__]
+        assert base is None or bases[0] == base, name

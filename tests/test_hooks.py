@@ -457,6 +457,18 @@ async def test_transactions_8_hooks_of_a_plain_scope_come_after_its_last_session
     assert seen == [0]
 
 
+@twice
+async def test_transactions_8_a_hook_before_the_commit_may_give_another_database_one(kit: Kit, tmp_path: Path) -> None:
+    """In an on-success scope all hooks come before the first commit, whichever database's hook gave them."""
+    other = kit.file(tmp_path / "other.db")
+    seen: list[str] = []
+    async with kit.scope(commit="on-success"):
+        for db in (kit.db, other):
+            kit.session(db).add(Payment(amount=1))
+        other.before_commit(kit.db.before_commit, lambda: seen.append(f"{kit.count()} committed"))
+    assert seen == ["0 committed"]
+
+
 async def _cancelled_in_a_hook(work: Callable[[Callable[[], Any]], Any]) -> asyncio.Task[Any]:
     """Run `work`, which gives the hook it is handed to a transaction, and cancel it while that hook waits."""
     reached = asyncio.Event()

@@ -1,5 +1,6 @@
 """The life of sessions: on-success scopes, readers, and what is reported at the end."""
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,27 @@ async def test_reads_the_server_refuses_what_the_text_hides(server_kit: Kit) -> 
         assert await kit.done(session.scalar(text("SELECT pay()"))) == 1
     assert kit.amounts() == [1]
     assert kit.checked_out() == 0
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@twice
+async def test_transactions_2_after_a_block_the_session_is_its_scopes_again(kit: Kit, failing: bool) -> None:
+    """What is written after a block, and not committed, is reported again; hooks follow the user's own commit again."""
+    seen: list[str] = []
+    with pytest.warns(UncommittedWrites):  # noqa: PT031
+        async with kit.scope():
+            session = kit.session()
+            with pytest.raises(KeyError) if failing else contextlib.nullcontext():
+                async with kit.transaction():
+                    await kit.done(session.execute(insert(Payment).values(amount=1)))
+                    if failing:
+                        raise KeyError
+            await kit.done(session.execute(insert(Payment).values(amount=2)))
+            kit.db.on_commit(seen.append, "committed")
+            await kit.done(session.commit())
+            assert seen == ["committed"]
+            await kit.done(session.execute(insert(Payment).values(amount=3)))
+    assert kit.amounts() == ([2] if failing else [1, 2])
 
 
 @pytest.mark.parametrize("how", ["close", "remove"])

@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from dbscope import Database, SelfBlockedError, scope
+from dbscope import Database, NotTheOwnerError, SelfBlockedError, scope
 from tests.support.kits import Base, Kit, Payment, SyncKit, twice
 from tests.support.lines import marked
 
@@ -239,6 +239,38 @@ async def test_transactions_10_so_is_a_block_that_adopts_what_was_read(kit: Kit)
                     pass
             assert list((await kit.done(kit.session().execute(ALL))).scalars()) == []
     assert kit.amounts() == [1]
+
+
+@twice
+async def test_transactions_2_a_block_that_began_anew_is_its_owners_alone(kit: Kit) -> None:
+    """Where a block took over what was read, and began a writing transaction, a helper's commit is refused as ever."""
+    async with kit.scope():
+        session = kit.session()
+        await kit.done(session.execute(ALL))
+        async with kit.transaction():
+            await kit.done(session.execute(write(1)))
+            with pytest.raises(NotTheOwnerError):
+                await kit.done(session.commit())
+            assert kit.amounts() == []
+    assert kit.amounts() == [1]
+
+
+@twice
+async def test_transactions_10_a_block_that_could_not_begin_anew_owns_nothing(kit: Kit) -> None:
+    """Where it did not get the write lock, the session is its scope's again, and commits when the lock is free."""
+    kit.database(connect_args={"timeout": 0})
+    async with kit.scope():
+        session = kit.session()
+        await kit.done(session.execute(ALL))
+        with kit.outside.begin() as other:
+            other.execute(write(1))
+            with pytest.raises(OperationalError, match="locked"):
+                async with kit.transaction():
+                    raise AssertionError("never entered")
+        await kit.done(session.rollback())
+        await kit.done(session.execute(write(2)))
+        await kit.done(session.commit())
+    assert kit.amounts() == [1, 2]
 
 
 @twice

@@ -551,7 +551,6 @@ class Lifecycle:
                 "Commit or roll them back before the block, or move them into it."
             )
         self.owner = owner
-        self.doom = None
 
     def fail(self, session: Session, title: str, error: BaseException) -> None:
         """A joined block failed: unless the error is seen outside, what it began must not be committed."""
@@ -566,7 +565,6 @@ class Lifecycle:
         """The managed transaction is over: the session is its scope's again."""
         self.owner = None
         self.doom = None
-        self.acting = False
 
     def unsaved(self, session: Session) -> Place | str | None:
         """What would be lost if the session closed now: the line of the first write, or what is pending."""
