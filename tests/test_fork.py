@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import select, text
 
 from dbscope import ScopeEndedError, ScopeMisuseError, begin_scope, current_scope, end_scope, scope
+from dbscope.implicit import implicit_scope
 from tests.support.kits import LIMIT, Payment
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -175,9 +176,10 @@ def test_failures_15_the_forking_threads_implicit_scope(sync_server_kit):
         mine = backend(session)
 
         def child():
+            none_yet = implicit_scope() is None
             fresh = kit.session()
             refused = error_of(lambda: session.scalar(text("SELECT 1")))
-            return fresh is not session, backend(fresh) != mine, refused[0]
+            return none_yet, fresh is not session, backend(fresh) != mine, refused[0]
 
         answers.append(fork(child))
         answers.append([kit.session() is session, backend(session) == mine])
@@ -187,7 +189,7 @@ def test_failures_15_the_forking_threads_implicit_scope(sync_server_kit):
     run = threading.Thread(target=thread)
     run.start()
     run.join()
-    assert answers == [[True, True, "ScopeMisuseError"], [True, True]]
+    assert answers == [[True, True, True, "ScopeMisuseError"], [True, True]]
     assert kit.amounts() == [1]
 
 
