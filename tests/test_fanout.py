@@ -173,6 +173,30 @@ async def test_scopes_6_nested_fan_out_on_a_pool_of_one(kit):
 
 
 @twice
+async def test_scopes_6_a_part_that_holds_its_connection_does_not_lend_it(kit):
+    """A part that is in a transaction when it fans out again keeps its slot: its own parts share what is left."""
+    db = small(kit, 2)
+    running, done = [], []
+
+    async def inner(item):
+        running.append(item)
+        await kit.done(kit.session().execute(text("SELECT 1")))
+        if item == 0:
+            await others_had_their_turn(kit, db, running)
+        assert running == [item]
+        running.remove(item)
+        done.append(item)
+
+    async def outer(_):
+        await kit.done(kit.session().execute(text("SELECT 1")))
+        await fanning(kit, inner, range(3))
+
+    await fanning(kit, outer, [0])
+    assert done == [0, 1, 2]
+    assert kit.checked_out(db) == 0
+
+
+@twice
 async def test_scopes_6_an_impossible_fan_out_is_refused(kit):
     """A caller that holds the only connection is told at once that its parts could never begin."""
     db = small(kit)

@@ -290,6 +290,30 @@ async def test_a_sandbox_inside_another_undoes_its_own_part(kit):
     assert await amounts(kit) == []
 
 
+@twice
+async def test_after_a_sandbox_inside_the_outer_one_watches_on(kit):
+    """What is left open after the inner sandbox is found by the outer one."""
+    await ready(kit)
+    with pytest.raises(LeftOpenError, match="test outer ended, but a session outside of every scope holds"):
+        async with kit.block(sandbox(kit.db, name="test outer")):
+            async with kit.block(sandbox(kit.db, name="test inner")):
+                await pay(kit, 1)
+            await kit.done(kit.db.new_session().scalars(select(Payment)))
+    assert await amounts(kit) == []
+
+
+@twice
+async def test_a_scope_around_the_sandbox_goes_on_with_another_session(kit):
+    """A session that a scope from before first opened in the sandbox ends with it, and is not found afterwards."""
+    await ready(kit)
+    async with kit.scope():
+        async with kit.block(sandbox(kit.db)):
+            inside = kit.session()
+            await pay(kit, 1)
+        assert kit.session() is not inside
+        assert (await kit.done(kit.session().scalars(select(Payment)))).all() == []
+
+
 def test_an_engine_of_the_users_own_is_undone_too(tmp_path):
     """SQLite without a BEGIN of dbscope's (an Engine that the user made) is held in a transaction all the same."""
     engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
