@@ -1,6 +1,7 @@
 """Fan-out: parts of one piece of work, each in its own scope, no more than the pool can serve (DESIGN, Scopes 6)."""
 
 import asyncio
+import contextvars
 import os
 import threading
 
@@ -53,6 +54,18 @@ async def test_scopes_6_each_part_has_its_own_scope(kit):
     assert len({id(work) for work, _ in seen}) == len({id(session) for _, session in seen}) == 5
     assert all(work.ended for work, _ in seen)
     assert kit.checked_out() == 0
+
+
+@twice
+async def test_scopes_6_each_part_has_its_callers_context(kit):
+    """What the caller keeps in context variables, a request's id for one, is there in the parts."""
+    request = contextvars.ContextVar("request", default=None)
+    request.set("GET /")
+
+    async def part(_):
+        return request.get()
+
+    assert await fanning(kit, part, range(2)) == ["GET /"] * 2
 
 
 @twice
