@@ -3,7 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -23,6 +23,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "postgres" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.postgres)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell at how many points tests/test_interruption.py has cut work short."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    found = [
+        value
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
+        if name == "points"
+    ]
+    if found:
+        terminalreporter.write_line(f"work was cut short at {sum(found)} points, in {len(found)} tests")
 
 
 @pytest.fixture(scope="session")

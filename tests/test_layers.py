@@ -21,6 +21,7 @@ FLOORS = [
         "conflicts",
         "statements",
         "plan",
+        "interrupt",
         "hooks",
         "ending",
         "sqlite",

@@ -194,9 +194,9 @@ class Lifecycle:
 
     __slots__ = (
         *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "blocks", "broken", "close_waits"),
-        *("committed", "connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "owner"),
-        *("read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user", "watch"),
-        *("writes", "wrote"),
+        *("committed", "connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "others"),
+        *("owner", "read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user"),
+        *("watch", "writes", "wrote"),
     )
 
     def __init__(self, home: Home | None, source: Source | None) -> None:
@@ -226,6 +226,7 @@ class Lifecycle:
         self.asking: FrameType | None = None  # the call of the session's that may take a connection, while it runs
         self.user: Worker | None = None  # who used the session last, or is using it
         self.connection: Connection | None = None  # while a transaction is open on it
+        self.others: tuple[Connection, ...] = ()  # those that it took before
         self.beside: tuple[Lifecycle, ...] = ()  # open transactions of the same work: never wait for their locks
         self.backend: int | None = None  # the server's process, where it was asked for
         self.watch: LockWatch | None = None  # over the statement that is running
@@ -332,6 +333,8 @@ class Lifecycle:
 
     def began(self, connection: Connection) -> None:
         """The session took a connection and began on it."""
+        if self.connection is not None:  # its tables are of several databases
+            self.others += (self.connection,)
         self.connection = connection
         self.taken = (here() if self.asking is None else place_of(self.asking.f_back)) or UNKNOWN
         self.since = _monotonic()
@@ -465,7 +468,7 @@ class Lifecycle:
         if self.owner is not None and not self.acting:
             self.doom = Doom("its transaction was rolled back", here(), None)
         self.taken = self.connection = self.backend = None
-        self.beside = ()
+        self.beside = self.others = ()
         self.read_first = False
 
     def take_hooks(self, *, committed: bool) -> list[Hook]:

@@ -272,7 +272,8 @@ def release(session: Session) -> None:
                 super(ScopedSession, cast("ScopedSession", session)).close()
             except BaseException:
                 session.invalidate()  # never return a connection in an unknown state
-                _throw_away(life.connection)  # which SQLAlchemy has forgotten by then, where its rollback failed
+                for connection in (*life.others, life.connection):  # where a rollback fails SQLAlchemy forgets them
+                    _throw_away(connection)
                 raise
     finally:
         if life.connection is not None:

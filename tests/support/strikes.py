@@ -135,8 +135,8 @@ class Calls(_Signals):
         sys.setprofile(self._look)
 
     def _look(self, frame: FrameType, what: str, called: Any) -> None:
-        if frame.f_code.co_name == "__del__":
-            return  # what is raised there Python tells nobody
+        if _is_finalizer(frame):
+            return
         if what in ("call", "return"):
             mine = _package(frame) == self.driver and frame.f_back is not None and _package(frame.f_back) in _CALLERS
         else:
@@ -154,8 +154,7 @@ class Lines(_Signals):
         sys.settrace(self._call)
 
     def _call(self, frame: FrameType, what: str, _: Any) -> Any:
-        of_collector = frame.f_code.co_name in ("__del__", "_cleanup")  # what is raised there Python tells nobody
-        return self._line if _package(frame) in _CALLERS and not of_collector else None
+        return self._line if _package(frame) in _CALLERS and not _is_finalizer(frame) else None
 
     def _line(self, frame: FrameType, what: str, _: Any) -> Any:
         if what == "line":
@@ -165,6 +164,15 @@ class Lines(_Signals):
 
 
 _CALLERS = ("sqlalchemy", "dbscope")
+
+
+def _is_finalizer(frame: FrameType | None) -> bool:
+    """Whether the garbage collector called it, or what called it: what is raised there Python tells nobody."""
+    while frame is not None and _package(frame) != "tests":
+        if frame.f_code.co_name in ("__del__", "_cleanup"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _package(frame: FrameType) -> str:
