@@ -235,8 +235,10 @@ def by_task(awaits, work):
         try:
             await awaits.over(work)
         except asyncio.CancelledError:
-            task.uncancel()
             return True
+        finally:
+            while task.cancelling():
+                task.uncancel()
         return False
 
     return run()
@@ -337,6 +339,13 @@ def interrupted_everywhere(url, errors, works, *, cold=False):
     return points, problems
 
 
+# A connection that the driver has made, and not handed over, is the garbage collector's, and the drivers mention it.
+collected = pytest.mark.filterwarnings(
+    "ignore:.*was deleted while still open:ResourceWarning", "ignore:unclosed database:ResourceWarning"
+)
+
+
+@collected
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize("strike", [by_task, by_timeout, by_anyio])
 def test_transactions_9_cancelled_at_every_await(async_url, strike, cold, record_property):
@@ -358,10 +367,6 @@ def sync_url(request, tmp_path):
 def package_of(url):
     """The name of the package of a URL's driver."""
     return "sqlite3" if make_url(url).get_backend_name() == "sqlite" else "psycopg"
-
-
-# A connection that the driver has made, and not handed over, is the garbage collector's: psycopg mentions it.
-collected = pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
 
 
 def chain_of(error):
@@ -412,6 +417,27 @@ def test_transactions_9_one_shield_is_found_to_be_not_enough(async_url, monkeypa
     with contextlib.suppress(Exception):  # it is in no state to be disposed of
         _, problems = asyncio.run(cancelled_everywhere(async_url, by_anyio, [block]))
         assert problems
+
+
+async def test_transactions_9_a_cancel_during_the_clean_up_of_failed_work(async_kit):
+    """The work's own error comes out, and the cancel at the next await, as from Python 3.13's TaskGroup on."""
+    task, late = asyncio.current_task(), False
+    for at in itertools.count(0):  # at 0 it only connects
+        awaits = Awaits(at or 1_000_000, task.cancel)
+        try:
+            await awaits.over(failing(async_kit.db))
+        except TheWorksOwn:
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                late = True
+        except asyncio.CancelledError:
+            pass
+        while task.cancelling():
+            task.uncancel()
+        if at and not awaits.has_struck:
+            break
+    assert late is (sys.version_info >= (3, 13))
 
 
 # -- a statement that runs ---------------------------------------------------------------------------------------------
