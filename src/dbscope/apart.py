@@ -19,10 +19,8 @@ from dbscope.sqlite import is_memory
 
 __all__ = ["Work", "engine_for", "work_of"]
 
-LONGEST_NAME = (
-    50  # bytes; PostgreSQL shows 63 of an application's name, and a part of the application's own comes first
-)
-SHOWN = 63
+LONGEST_NAME = 50  # bytes: a part of the application's own name comes first
+SHOWN = 63  # bytes of an application's name that PostgreSQL shows
 NEVER = 2**31 - 1  # milliseconds: what SQLite takes for "wait as long as it takes"
 A_YEAR = 31_536_000  # seconds: the longest that MySQL and MariaDB wait
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from dbscope.aborted import Failure, refuse_aborted
 from dbscope.errors import DBScopeError
-from dbscope.interrupt import is_of_signal, swallowed
+from dbscope.interrupt import is_of_signal, swallowed, take_swallowed
 from dbscope.lifecycle import Doom, Lifecycle
 from dbscope.outcome import commit
 from dbscope.where import here
@@ -42,7 +42,8 @@ class OwnedConnection(Connection):
 
     def close(self) -> None:
         """Close as `Connection.close`; what a signal's handler raises meanwhile comes out."""
-        swallowed.clear()
+        if swallowed:
+            take_swallowed()  # it came out by itself
         taken = getattr(self, "_dbapi_connection", None)  # there is none once it is closed, or invalidated
         try:
             if not (self.closed or self.invalidated or self._transaction is None or self._transaction.is_active):
@@ -53,8 +54,8 @@ class OwnedConnection(Connection):
             if record is not None and not record.in_use:  # cut while it went back, and the pool would miss it for ever
                 record._checkin_failed(error, _fairy_was_created=False)
             raise
-        if swallowed:
-            raise swallowed.pop()
+        if swallowed and (late := take_swallowed()) is not None:
+            raise late
 
     def _undo(self) -> None:
         """Roll back what failed to commit: SQLAlchemy takes that for ended, and does not.

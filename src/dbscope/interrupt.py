@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
@@ -19,7 +20,7 @@ from sqlalchemy.engine import ExceptionContext
 from dbscope.plan import outlast
 from dbscope.where import in_greenlet
 
-__all__ = ["before_closing", "hidden", "is_cut", "is_of_signal", "keep_cancel", "swallowed"]
+__all__ = ["before_closing", "hidden", "is_cut", "is_of_signal", "keep_cancel", "swallowed", "take_swallowed"]
 
 LIMIT = 5.0  # seconds, to have a statement cancelled
 PATIENCE = 0.05  # seconds that SQLite's statement may still take before it is interrupted
@@ -76,8 +77,13 @@ def hidden(context: ExceptionContext) -> BaseException | None:
 
 
 # What a signal's handler raised while a connection went back into its pool: SQLAlchemy logs that, and goes on. Only the
-# main thread handles signals.
+# main thread handles signals, and only it may look for more than whether there is something.
 swallowed: list[Exception] = []
+
+
+def take_swallowed() -> Exception | None:
+    """What was swallowed in this thread since this was asked last."""
+    return swallowed.pop() if threading.current_thread() is threading.main_thread() else None
 
 
 def before_closing(dialect: Any) -> Callable[[Any, Any, Any], None]:
