@@ -11,6 +11,7 @@ from functools import update_wrapper
 from inspect import iscoroutinefunction, isfunction, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from dbscope.errors import DBScopeError
@@ -37,6 +38,7 @@ class LookUp(Protocol):
     set: Callable[[Any], None]
     clear: Callable[[], None]
     place: Callable[[], Any]
+    session: Callable[..., Any]
 
     def __call__(self) -> Any: ...
 
@@ -91,7 +93,24 @@ def look_up(source: Any) -> LookUp:
         if home is not None:
             home.forget(source)
 
-    vars(registry).update(has=has, set=put, clear=clear, place=place)
+    def session(**kw: Any) -> Any:
+        """As `registry`, with options for the session where it is made by this very call."""
+        if kw:
+            if has():
+                raise InvalidRequestError("Scoped session is already present; no new arguments may be specified.")
+            return place().open(source, kw)
+        # As in `registry`: one call more takes a third longer.
+        home = get()
+        if home is None and running_loop() is None:
+            home = thread.home
+        if home is not None:
+            try:
+                return home._sessions[source]
+            except KeyError:
+                pass
+        return registry()
+
+    vars(registry).update(has=has, set=put, clear=clear, place=place, session=session)
     return registry  # type: ignore[return-value]  # now it is
 
 
@@ -136,20 +155,7 @@ class SessionRegistry(scoped_session[S]):
             ScopeEndedError: the current scope is over.
             NoScopeError: no scope is open, and none may be opened implicitly.
         """
-        if kw:
-            if self.registry.has():
-                return super().__call__(**kw)  # which says that a session is present
-            return self.registry.place().open(self._source, kw)  # type: ignore[no-any-return]  # an S
-        # As in `look_up`: one call more takes a third longer.
-        home = _get()
-        if home is None and running_loop() is None:
-            home = _thread.home
-        if home is not None:
-            try:
-                return home._sessions[self._source]  # type: ignore[no-any-return]  # an S
-            except KeyError:
-                pass
-        return self.registry()  # type: ignore[no-any-return]  # an S
+        return self.registry.session(**kw)  # type: ignore[no-any-return]  # an S; a database's own class is faster
 
     def remove(self) -> None:
         """End the current scope's session, if there is one; the next call makes a new one.
@@ -296,14 +302,20 @@ def registry_for(registry_class: type[R], source: Any, session_class: type, plai
         for name in dir(session_class)
         if not name.startswith("_") and name != "dispatch" and _raw(session_class, name) is not _raw(plain, name)
     }
-    return type(registry_class.__name__, (registry_class,), {**own, "registry": look_up(source)})
+    return type(registry_class.__name__, (registry_class,), own | _look_ups(source))
 
 
 def registry_beside(registry: R, source: Any, factory: Any) -> R:
     """A registry like another one, for a database beside that one's."""
     cls: Any = type(registry)
-    made: R = type(cls.__name__, (cls,), {"registry": look_up(source)})(source, factory)
+    made: R = type(cls.__name__, (cls,), _look_ups(source))(source, factory)
     return made
+
+
+def _look_ups(source: Any) -> dict[str, Any]:
+    """What a database's registry is asked for most: a static function, which is called without the registry."""
+    registry = look_up(source)
+    return {"registry": registry, "__call__": staticmethod(registry.session)}
 
 
 # Set by `__init__`, and so unknown to the class.
