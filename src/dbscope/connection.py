@@ -46,7 +46,8 @@ class OwnedConnection(Connection):
             take_swallowed()  # it came out by itself
         taken = getattr(self, "_dbapi_connection", None)  # there is none once it is closed, or invalidated
         try:
-            if not (self.closed or self.invalidated or self._transaction is None or self._transaction.is_active):
+            transaction = self._transaction
+            if transaction is not None and not (transaction.is_active or self.closed or self.invalidated):
                 self._undo()
             super().close()
         except BaseException as error:

@@ -201,6 +201,8 @@ class Scope:
     def _end_simply(self, frame: FrameType, error: BaseException | None, *, blocking: bool) -> bool:
         """End a scope in which nothing is to be committed, as most are: what `_conclude` does then, without its plan.
 
+        A reader's own scope is one of these.
+
         The plan and its steps cost as much as all else at the end of a scope; here there is nothing to decide.
 
         Args:
@@ -217,12 +219,13 @@ class Scope:
             if session is _Guests:
                 return False
             life: Lifecycle = session._dbscope
-            if life.owner is not None or life.hooks:
+            if (life.owner is not None and not life.owner.reader) or life.hooks:
                 return False
             if life.used:
                 if (source.is_async or not blocking) and session.in_transaction():
                     return False
-                if error is None and (place := _unsaved(session)) is not None:
+                sync = session if isinstance(session, Session) else session.sync_session
+                if error is None and (place := life.unsaved(sync)) is not None:
                     lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
         self._sessions = _NO_SESSIONS

@@ -269,7 +269,7 @@ def release(session: Session) -> None:
                 session.expunge_all()  # before the rollback, which would expire what was read
             try:
                 # The turn is ours already: what `derive` put before this would only ask for it again.
-                super(ScopedSession, cast("ScopedSession", session)).close()
+                super(ScopedSession, session).close()  # type: ignore[misc]  # it is one
             except BaseException:
                 session.invalidate()  # never return a connection in an unknown state
                 for connection in (*life.others, life.connection):  # where a rollback fails SQLAlchemy forgets them

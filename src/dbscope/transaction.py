@@ -246,6 +246,13 @@ class _Block(Generic[SessionT]):
             return (yield from self._scope._conclude(error))
         return (yield from self._end_adopted(session, life, error))
 
+    def _end_reader(self, frame: FrameType, error: BaseException | None) -> bool:
+        """End a reader that works in a scope of its own, without the plan of those that commit; whether it is one."""
+        if self._kind is not Kind.READER or self._part is not _Part.ROOT:
+            return False
+        life_of(self._session).blocks = ()  # what was opened inside has ended before
+        return cast("Scope", self._scope)._end_simply(frame, error, blocking=True)
+
     def _end_savepoint(self, session: Any, life: Lifecycle, error: BaseException | None) -> Plan[BaseException | None]:
         savepoint = self._savepoint
         failure: BaseException | None = None
@@ -313,7 +320,8 @@ class Transaction(_Block[SessionT]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             failing = self._terms.failure(error)
-            end(self._end(failing), failing, self._title)
+            if not self._end_reader(sys._getframe(1), failing):
+                end(self._end(failing), failing, self._title)
         finally:
             self._leave()
 
