@@ -265,8 +265,6 @@ def release(session: Session) -> None:
         if life.broken:
             session.invalidate()
         elif session.in_transaction() or session.identity_map:
-            if life.owner is not None and life.owner.reader:
-                session.expunge_all()  # before the rollback, which would expire what was read
             try:
                 # The turn is ours already: what `derive` put before this would only ask for it again.
                 super(ScopedSession, session).close()  # type: ignore[misc]  # it is one

@@ -84,8 +84,10 @@ class _Block(Generic[SessionT]):
                 return self._join(home)
             own = self._own_scope(frame, colour)
             reader = Owner(self._title(), place_of(frame), reader=True, autocommit=autocommit)
-            own.put(source, source.make_reader(own, reader))
-            return self._take(own, _Part.ROOT)
+            self._session = session = source.make_reader(own, reader)
+            own.put(source, session)
+            self._part = _Part.ROOT
+            return cast("SessionT", session)
         self._refuse_kind(owner, frame)
         if self._kind in _PLAIN and (owner is None or self._kind is Kind.NOT_SUPPORTED):
             plain = self._own_scope(frame, colour) if home is None or owner is not None else home
@@ -250,7 +252,6 @@ class _Block(Generic[SessionT]):
         """End a reader that works in a scope of its own, without the plan of those that commit; whether it is one."""
         if self._kind is not Kind.READER or self._part is not _Part.ROOT:
             return False
-        life_of(self._session).blocks = ()  # what was opened inside has ended before
         return cast("Scope", self._scope)._end_simply(frame, error, blocking=True)
 
     def _end_savepoint(self, session: Any, life: Lifecycle, error: BaseException | None) -> Plan[BaseException | None]:
