@@ -54,6 +54,8 @@ def test_examples_run(page, tmp_path, monkeypatch, request):
     if any("AsyncDatabase" in example.code for example in found):
         needs.module("greenlet", extra="async")
         needs.module("aiosqlite", extra="aiosqlite")
+    if any("dbscope.integrations.flask" in example.code for example in found):
+        needs.module("flask", extra="flask")
     if any("DATABASE_URL" in example.code for example in found):
         monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_url"))
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 - `dbscope.integrations.asgi.ScopeMiddleware`: a scope for each request of any ASGI application
 - `dbscope.integrations.wsgi.ScopeMiddleware`: a scope for each request of any WSGI application
+- `dbscope.integrations.flask.Scopes`: a scope for each request, command and application context of a Flask application
 
-Neither imports a framework or a server.
+The middlewares import neither a framework nor a server.
 """
