@@ -4,7 +4,10 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from flask import Flask
+
 from dbscope.integrations import asgi, wsgi
+from dbscope.integrations.flask import Scopes
 
 # As Starlette and FastAPI have them.
 Message = MutableMapping[str, Any]
@@ -31,3 +34,10 @@ aserved = asgi.ScopeMiddleware(aserved, commit=None)
 
 wsgi.ScopeMiddleware(wsgi_app, commit="always")  # type: ignore[arg-type]
 asgi.ScopeMiddleware(asgi_app, veto=400)  # type: ignore[arg-type]
+
+app = Flask("shop")
+Scopes(app, commit="on-success", veto=lambda status: status >= 500).init_app(app)
+served = app.wsgi_app
+
+Scopes(wsgi_app)  # type: ignore[arg-type]
+Scopes(app, veto=400)  # type: ignore[arg-type]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 
-from dbscope import ConfigurationError, NoScopeError, ScopeEndedError, UncommittedWrites, current_scope
+from dbscope import ConfigurationError, NoScopeError, ScopeEndedError, UncommittedWrites, current_scope, scope
 from dbscope.integrations import wsgi
 from tests.support import needs
 from tests.support.kits import LIMIT, Account, Payment
 from tests.support.web import fetch, fetch_together
 
 flask: Any = needs.module("flask", extra="flask")
+click: Any = needs.module("click", extra="flask")
 scopes: Any = needs.module("dbscope.integrations.flask", extra="flask")
 
 
@@ -302,12 +303,64 @@ def test_an_application_context_has_a_scope_of_its_own(app, sync_kit):
         assert current_scope().name == "shop's application context"
         with context:
             assert sync_kit.session() is outer
+        with scope("inner") as inner:
+            with context:
+                assert current_scope() is inner
         with app.app_context():
             assert sync_kit.session() is not outer
         assert app.test_client().get("/").text == "view"
         assert sync_kit.session() is outer
+        current_scope().name = "a job"
+        assert current_scope().name == "a job"
     assert current_scope() is None
     assert app.test_client().get("/").text == "view"
+
+
+def test_an_application_context_before_the_view_has_a_scope_of_its_own(app, sync_kit):
+    """As in a converter that looks something up while the route is found."""
+    routing = needs.module("werkzeug.routing", extra="flask")
+    sessions = []
+
+    class Known(routing.BaseConverter):
+        def to_python(self, value):
+            sessions.append(sync_kit.session())
+            with app.app_context():
+                sessions.append(sync_kit.session())
+            return value
+
+    app.url_map.converters["known"] = Known
+    app.add_url_rule("/<known:name>", view_func=lambda name: sessions.append(sync_kit.session()) or name)
+    scopes.Scopes(app)
+    assert app.test_client().get("/tea").text == "tea"
+    converter, nested, view = sessions
+    assert converter is view
+    assert nested is not view
+
+
+def test_a_request_that_never_reaches_flask_leaves_nothing_behind(app):
+    """Because something in between answers: the next application context is not taken for its."""
+
+    def closed(environ, start_response):
+        start_response("503 Closed", [("Content-Type", "text/plain")])
+        return [b""]
+
+    app.wsgi_app = closed
+    scopes.Scopes(app)
+    assert app.test_client().get("/").status_code == 503
+    with app.app_context():
+        assert current_scope().name == "shop's application context"
+    assert current_scope() is None
+
+
+def test_a_request_without_server_is_work_of_its_application_context(app, sync_kit):
+    """As tests dispatch one: it is not committed for them, and ends with the context."""
+    app.add_url_rule("/", view_func=lambda: current_scope().name)
+    scopes.Scopes(app, commit="on-success")
+    with app.test_request_context("/"):
+        assert app.full_dispatch_request().get_data(as_text=True) == "shop's application context"
+        save(sync_kit)
+        sync_kit.session().rollback()
+    assert (sync_kit.checked_out(), current_scope()) == (0, None)
 
 
 def test_the_test_client_as_a_context_manager(app, sync_kit):
@@ -335,6 +388,11 @@ def test_a_command_has_a_scope(app, sync_kit, by):
         save(sync_kit)
         sync_kit.session().commit()
 
+    @app.cli.command("leave")
+    def leave():
+        save(sync_kit)
+        click.get_current_context().exit()
+
     @app.cli.command("fail")
     def fail():
         save(sync_kit)
@@ -351,6 +409,8 @@ def test_a_command_has_a_scope(app, sync_kit, by):
     assert invoke("book").exception is None
     assert seen[0].ended
     assert seen[1].endswith("book")
+    with pytest.warns(UncommittedWrites, match="nobody committed"):
+        assert invoke("leave").exception is None
     with warnings.catch_warnings(record=True) as told:
         assert isinstance(invoke("fail").exception, ZeroDivisionError)
     assert [str(warning.message) for warning in told] == []
@@ -434,6 +494,8 @@ def test_on_the_real_server_with_threads(app, sync_kit):
 def test_installed_twice(app, again):
     """By the extension or the middleware."""
     scopes.Scopes(app)
+    wrapped = app.wsgi_app
+    app.wsgi_app = lambda environ, start_response: wrapped(environ, start_response)
     with pytest.raises(ConfigurationError, match="has scopes already"):
         again(app)
     other = flask.Flask("other")

@@ -159,8 +159,8 @@ def _then_end(do_teardown: Callable[..., None]) -> Callable[..., None]:
             work.__exit__(type(error), error, None)
             raise
         failed = sys.exc_info()[1]  # what a command failed with, which click tells nobody
-        if isinstance(failed, click.exceptions.Exit):
-            failed = None  # so it ended
+        if isinstance(failed, click.exceptions.Exit) and not failed.exit_code:
+            failed = None
         work.__exit__(type(failed) if failed else None, failed, None)
 
     return do_teardown_and_end
