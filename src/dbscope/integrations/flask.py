@@ -19,7 +19,9 @@ try:
     from flask.globals import app_ctx
     from flask.signals import appcontext_pushed, request_started
 except ImportError as error:
-    raise ImportError('scopes for Flask need Flask: pip install "dbscope[flask]"', name=error.name) from error
+    raise ImportError(
+        'scopes for Flask need Flask 3.0 or newer: pip install "dbscope[flask]"', name=error.name
+    ) from error
 
 __all__ = ["Scopes"]
 
