@@ -536,15 +536,25 @@ def test_one_extension_for_several_applications(sync_kit):
     assert sync_kit.count() == 2
 
 
-def test_an_async_database_is_refused(app, tmp_path):
-    """Its session could not be awaited: the error says what to open."""
+def test_an_async_database_needs_an_async_scope(app, tmp_path):
+    """In an async view: the request's own could not be awaited, and the error says what to open."""
     needs.module("greenlet", extra="async")
     needs.module("aiosqlite", extra="aiosqlite")
+    needs.module("asgiref", extra="flask")
     from dbscope import AsyncDatabase
 
     app.testing = True
     scopes.Scopes(app)
     db = AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}")
-    app.add_url_rule("/", view_func=lambda: db.session())
+    app.add_url_rule("/refused", "refused", view_func=lambda: db.session())
+
+    @app.get("/opened")
+    async def opened():
+        async with scope("opened"):
+            answer = str(await db.session.scalar(text("SELECT 1")))
+        await db.dispose()
+        return answer
+
     with pytest.raises(NoScopeError, match="async with"):
-        app.test_client().get("/")
+        app.test_client().get("/refused")
+    assert app.test_client().get("/opened").text == "1"
