@@ -82,8 +82,12 @@ swallowed: list[Exception] = []
 
 
 def take_swallowed() -> Exception | None:
-    """What was swallowed in this thread since this was asked last."""
-    return swallowed.pop() if threading.current_thread() is threading.main_thread() else None
+    """What was swallowed in this thread since this was asked last: the last of it."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    last = swallowed[-1]
+    swallowed.clear()
+    return last
 
 
 def before_closing(dialect: Any) -> Callable[[Any, Any, Any], None]:
