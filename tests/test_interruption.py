@@ -423,7 +423,7 @@ def test_transactions_9_one_shield_is_found_to_be_not_enough(postgres, postgres_
     needs.module("asyncpg", extra="asyncpg")
     monkeypatch.setattr(plan, "outlast", impatient)
     url = postgres.url("asyncpg", postgres_database)
-    with pytest.raises((asyncio.InvalidStateError, RuntimeError), match="not set|left behind"):
+    with pytest.raises((asyncio.InvalidStateError, RuntimeError), match=r"not set|left behind"):
         _, problems = asyncio.run(cancelled_everywhere(url, by_anyio, [block]))
         if problems:
             raise RuntimeError("left behind")
