@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dbscope import guards as guards  # which are at work from here on
 from dbscope.conflicts import Conflict
 from dbscope.database import Database
 from dbscope.errors import (
@@ -9,6 +10,8 @@ from dbscope.errors import (
     ConfigurationError,
     DBScopeError,
     FanOutError,
+    GuardError,
+    GuardWarning,
     NoScopeError,
     NotCommittedError,
     NoTransactionError,
@@ -22,6 +25,7 @@ from dbscope.errors import (
     ScopeMisuseError,
     ScopeWarning,
     SelfBlockedError,
+    SentBeforeCommit,
     TransactionAbortedError,
     TransactionError,
     TransactionInProgress,
@@ -32,6 +36,7 @@ from dbscope.ids import aend_scope, begin_scope, end_scope
 from dbscope.loop import Loop
 from dbscope.retry import AttemptFailed, Retry
 from dbscope.scope import Scope, current_scope, scope
+from dbscope.watched import watch
 
 if TYPE_CHECKING:
     from dbscope.aio import AsyncDatabase
@@ -45,6 +50,8 @@ __all__ = [
     "DBScopeError",
     "Database",
     "FanOutError",
+    "GuardError",
+    "GuardWarning",
     "Loop",
     "NoScopeError",
     "NoTransactionError",
@@ -61,6 +68,7 @@ __all__ = [
     "ScopeMisuseError",
     "ScopeWarning",
     "SelfBlockedError",
+    "SentBeforeCommit",
     "TransactionAbortedError",
     "TransactionError",
     "TransactionInProgress",
@@ -71,6 +79,7 @@ __all__ = [
     "current_scope",
     "end_scope",
     "scope",
+    "watch",
 ]
 
 

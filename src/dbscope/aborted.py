@@ -27,7 +27,7 @@ class Failure:
 
     __slots__ = ("by_server", "error", "place", "sqlstate", "statement")
 
-    def __init__(self, statement: str, place: Place | None, error: BaseException, *, by_server: bool) -> None:
+    def __init__(self, statement: str | None, place: Place | None, error: BaseException, *, by_server: bool) -> None:
         # The words alone: the exception would keep the frames of the user's alive, and all that they hold.
         cause = error.__cause__ or error  # asyncpg's own, below SQLAlchemy's translation of it
         self.error = f"{type(cause).__name__}: {cause}".partition("\n")[0].rstrip()
@@ -37,6 +37,8 @@ class Failure:
         self.by_server = by_server  # so the transaction is aborted; otherwise the driver may have refused by itself
 
     def __str__(self) -> str:
+        if self.statement is None:
+            return f"the flush at {spell(self.place)} failed: {self.error}"
         text = " ".join(self.statement.split())
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
         return f"the statement at {spell(self.place)} failed: {shown!r}, {self.error}"

@@ -39,6 +39,7 @@ except ImportError as error:
 
 from dbscope import sqlite
 from dbscope.apart import work_of
+from dbscope.capacity import Capacity, capacity_of, refuse_more, refuse_processes
 from dbscope.database import (
     BaseDatabase,
     make_engine,
@@ -55,9 +56,9 @@ from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
 from dbscope.lifecycle import life_of
 from dbscope.plan import arun, to_completion
-from dbscope.registry import forget, registry_for, stand_for, waits_for_owner
+from dbscope.registry import be_a_dependency, forget, registry_for, stand_for, waits_for_owner
 from dbscope.retry import Retry
-from dbscope.session import derive, release
+from dbscope.session import derive, itself, refuse_copy, release
 from dbscope.settings import Seconds
 from dbscope.terms import DEFAULT, Resolution, TransactionOptions
 from dbscope.transaction import AsyncTransaction, transactional
@@ -90,6 +91,10 @@ class AsyncSessionRegistry(async_scoped_session[S]):
     def __init__(self, source: Any, factory: "async_sessionmaker[S]") -> None:
         self.session_factory = factory
         self._source = source
+        be_a_dependency(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy(repr(self))
 
     def __call__(self, **kw: Any) -> S:
         """The current scope's session, made now if there is none yet.
@@ -223,6 +228,7 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         self._maker.kw = kw
         self._class = self._maker.class_
         self.session = registry_for(AsyncSessionRegistry, self, session_class, AsyncSession)(self, self._maker)
+        self._tell_made()
 
     @staticmethod
     def _options(session_class: type[AsyncSession], options: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +282,13 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
         """Async version of `Database.fan_out`, for a coroutine function, in tasks: an error cancels the others."""
         return await afan_out(self, self.slots, function, items, name=name, limit=limit)
 
+    async def check_capacity(self, processes: int) -> Capacity:
+        """Async version of `Database.check_capacity`."""
+        refuse_processes(processes)
+        async with self.engine.connect() as connection:
+            found = await connection.run_sync(lambda sync: capacity_of(self._pools(), processes, sync))
+        return refuse_more(found, self.name)
+
     def apart(
         self,
         name: str,
@@ -297,10 +310,20 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
     async def dispose(self) -> None:
         """Async version of `Database.dispose`."""
         self._disposing()
-        for engine in (self.engine, *map(AsyncEngine, self._engines.apart())):
-            await engine.dispose()
+        loop, self._loop = self._loop, None
+        if loop is None or loop is asyncio.get_running_loop() or self._drops_loops:
+            await self._close_pools()
+        elif loop.is_running():
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._close_pools(), loop))
+        else:
+            for engine in (self._sync_engine, *self._engines.apart()):
+                engine.dispose(close=False)  # closing would need the loop, which is gone
         if self._memory is not None:
             self._memory.close()
+
+    async def _close_pools(self) -> None:
+        for engine in (self.engine, *map(AsyncEngine, self._engines.apart())):
+            await engine.dispose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -313,6 +336,8 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
 
 class _Guarded:
     """Goes before the user's session class."""
+
+    __await__ = itself
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None

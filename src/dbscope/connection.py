@@ -4,16 +4,20 @@ from typing import Any, NoReturn
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from dbscope.aborted import Failure, refuse_aborted
 from dbscope.errors import DBScopeError
+from dbscope.events import PoolExhausted, emit
 from dbscope.interrupt import is_of_signal, swallowed, take_swallowed
 from dbscope.lifecycle import Doom, Lifecycle
 from dbscope.outcome import commit
 from dbscope.where import here
 
 __all__ = ["OwnedConnection"]
+
+_exhausted = PoolExhausted.observers
 
 
 class OwnedConnection(Connection):
@@ -25,6 +29,7 @@ class OwnedConnection(Connection):
 
     _dbscope: Session | None = None  # which session's statements these are
     _life: Lifecycle | None = None  # who ends the transaction; None: whoever took the connection from the engine
+    _hold: Any = None  # what a watch of the engine knows of it
     _failed: Failure | None = None  # the statement that the transaction failed with
     _committing = False  # the COMMIT is under way
     _lost = False  # and the connection was lost meanwhile
@@ -32,7 +37,11 @@ class OwnedConnection(Connection):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         try:
-            super().__init__(*args, **options)
+            Connection.__init__(self, *args, **options)  # super() would take as long as all else here
+        except PoolTimeout as error:
+            if _exhausted:
+                emit(PoolExhausted(engine=args[0], error=error))
+            raise
         except BaseException as error:
             # It was taken from the pool, and cut while it was set up: nobody else will give it back.
             taken = getattr(self, "_dbapi_connection", None)
@@ -49,7 +58,7 @@ class OwnedConnection(Connection):
             transaction = self._transaction
             if transaction is not None and not (transaction.is_active or self.closed or self.invalidated):
                 self._undo()
-            super().close()
+            Connection.close(self)
         except BaseException as error:
             record = getattr(taken, "_connection_record", None)
             if record is not None and not record.in_use:  # cut while it went back, and the pool would miss it for ever

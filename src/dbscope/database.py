@@ -1,36 +1,40 @@
 """Databases: an engine, how its sessions are made, and the doors to them."""
 
-import copy
+import asyncio
 import difflib
 import functools
 import gc
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, TypeVarTuple, Unpack, cast, overload
-from weakref import WeakSet, WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import Pool, QueuePool
 
 from dbscope import fork, hooks, sqlite
 from dbscope.apart import Work, engine_for, work_of
+from dbscope.capacity import Capacity, capacity_of, refuse_more, refuse_processes, size_of
 from dbscope.engines import Engines, rebind
-from dbscope.errors import ConfigurationError, NoScopeError, ScopeWarning
+from dbscope.errors import ConfigurationError, NoScopeError, ScopeMisuseError, ScopeWarning
+from dbscope.events import EngineMade, SessionCreated, emit
 from dbscope.fanout import Slots, fan_out
 from dbscope.hooks import Hook, Outcome, settle, title
 from dbscope.implicit import implicit_scope
 from dbscope.instrument import instrument_engine, instrument_sessions, watch_waits
-from dbscope.lifecycle import Lifecycle, Owner, Shared, life_of
+from dbscope.lifecycle import Lifecycle, Mark, Owner, Shared, life_of
 from dbscope.lockwatch import knows_waits
 from dbscope.plan import run
 from dbscope.registry import SessionRegistry, registry_beside, registry_for
 from dbscope.retry import Retry
 from dbscope.scope import Scope, current_scope
-from dbscope.session import ScopedSession, adopt, derive
+from dbscope.session import ScopedSession, adopt, derive, refuse_copy
 from dbscope.settings import Seconds, Settings
 from dbscope.terms import (
     AUTOCOMMIT_READER,
@@ -43,7 +47,18 @@ from dbscope.terms import (
     terms_of,
 )
 from dbscope.transaction import Transaction, call_of, doom, owned, refuse_hook, set_rollback_only, transactional
-from dbscope.where import Place, ago, here, name_of, running_loop, spell, worker
+from dbscope.where import (
+    Place,
+    ago,
+    here,
+    name_of,
+    name_of_loop,
+    refuse_late_patch,
+    running_loop,
+    spell,
+    thread_id,
+    worker,
+)
 
 __all__ = ["Database"]
 
@@ -76,6 +91,9 @@ class SharedConnection(Shared, Protocol):
         """A session was made that works on the connection."""
 
 
+_created, _made = SessionCreated.observers, EngineMade.observers
+
+
 class BaseDatabase:
     """What both colours share. Not public: use `Database` or `AsyncDatabase`."""
 
@@ -101,21 +119,27 @@ class BaseDatabase:
         outcome: Resolution,
         memory: sqlite.Memory | None,
     ) -> None:
+        if threading.get_ident is not thread_id:
+            refuse_late_patch()
         if uncommitted not in ("warn", "raise", "off"):
             raise ConfigurationError(f'uncommitted is "warn", "raise" or "off", not {uncommitted!r}.')
         sync: Engine = getattr(engine, "sync_engine", engine)
         self._sync_engine = sync
         self._memory = memory
-        self.name = name or (url or sync.url).render_as_string(hide_password=True)
+        # Without what follows the "?", which may hold a password, too.
+        self.name = name or (url or sync.url).set(query={}).render_as_string(hide_password=True)
         refuse_resolution(outcome)
         self.uncommitted = uncommitted
         self.outcome = outcome
         self.implicit_scopes = implicit_scopes
         self.place: Place | None = here()
+        self.apart_for: str | None = None  # the long work whose connections these are
+        self._loop: asyncio.AbstractEventLoop | None = None  # which an async database was used on last
+        self._met: Place | None = None
         self.own_begin = url is not None and sync.dialect.name == "sqlite"
         self.one_writer = sync.dialect.name == "sqlite"
         self.knows_waits = knows_waits(sync.dialect.name)
-        self.holders: set[ref[Lifecycle]] = set()
+        self.holders: set[Mark] = set()
         self._loose: WeakSet[Session] = WeakSet()
         self.slots = Slots(self)
         self._engines = Engines()
@@ -125,9 +149,14 @@ class BaseDatabase:
         event.listen(sync, "handle_error", _explain)
         fork.databases.add(self)
 
+    def _tell_made(self) -> None:
+        if _made:
+            emit(EngineMade(database=self, engine=self._sync_engine, place=self.place))
+
     def _apart(self, work: Work, wrap: Callable[[Engine], Any]) -> Self:
         """A database like this one in all but its engine, which has a pool for the work alone."""
-        made: Any = copy.copy(self)
+        made: Any = object.__new__(type(self))
+        vars(made).update(vars(self))
         made.engine = wrap(engine_for(self._sync_engine, work))
         made._maker = type(self._maker)(class_=self._class)
         made._maker.kw = {**self._maker.kw, "bind": made.engine}
@@ -142,6 +171,7 @@ class BaseDatabase:
             memory=None,
         )
         made.own_begin = self.own_begin
+        made.apart_for = work.name
         limit = work.limits.lock_timeout
         if self.knows_waits and limit is not None:
             watch_waits(made._sync_engine, limit)
@@ -152,17 +182,25 @@ class BaseDatabase:
 
     def make(self, home: Scope | None, options: dict[str, Any] | None = None) -> Any:
         """A new session, with its life begun in `home`."""
-        kw = self._maker.kw
+        if threading.get_ident is not thread_id:
+            refuse_late_patch()
         shared = self.shared
         if shared is not None:
             options = {**shared.options, **(options or {})}
+        kw = self._maker.kw
         session = self._class(**kw) if options is None else self._class(**{**kw, **options})
-        sync: ScopedSession = session.sync_session if self.is_async else session
-        life = adopt(sync, home, self)
         if self.is_async:
-            session._dbscope = life
+            sync: ScopedSession = session.sync_session
+            session._dbscope = life = adopt(sync, home, self)
+            if self._loop is not (loop := running_loop()) and loop is not None:
+                self._meet(loop)
+        else:
+            sync = session
+            life = sync._dbscope = Lifecycle(home, self)  # as `adopt` does
         if shared is not None and sync.bind is shared.connection:
             shared.adopt(sync, life)
+        if _created:
+            emit(SessionCreated(database=self, scope=home, session=sync))
         return session
 
     def make_reader(self, home: Scope, owner: Owner) -> Any:
@@ -183,6 +221,31 @@ class BaseDatabase:
         options = settings.begin_options(self._sync_engine.dialect.name)
         if options:
             rebind(session, self._engines.shaping(options))
+
+    def _meet(self, loop: asyncio.AbstractEventLoop) -> None:
+        """An async database is used on another loop than before: take its pool there, if that can be.
+
+        Raises:
+            ScopeMisuseError: the pool has connections of the other loop, which cannot be used on this one.
+        """
+        before = self._loop
+        if before is not None and self.shared is None and (before.is_running() or not self._drops_loops):
+            for engine in (self._sync_engine, *self._engines.apart()):
+                pool = engine.pool
+                if isinstance(pool, QueuePool) and pool.checkedin() + pool.checkedout() > 0:
+                    raise ScopeMisuseError(
+                        f"{self.name} was used by {name_of(worker())} at {spell(here())} on {name_of_loop(loop)}, but "
+                        f"its pool has connections of {name_of_loop(before)}, on which it was used at "
+                        f"{spell(self._met)}.\n"
+                        "A connection belongs to the loop that opened it. At the end of each `asyncio.run()` say "
+                        "`await db.dispose()`; loops that run side by side have an AsyncDatabase each."
+                    )
+        self._loop, self._met = loop, here()
+
+    @property
+    def _drops_loops(self) -> bool:
+        """Whether an idle connection of the driver's can be used on another loop, once its own does not run."""
+        return self._sync_engine.dialect.driver in ("aiosqlite", "psycopg")
 
     def _terms(self, options: TransactionOptions) -> Terms:
         """The checked options of a block.
@@ -222,7 +285,8 @@ class BaseDatabase:
         if self.is_async:
             raise NoScopeError(
                 f"an async session of {self.name} was asked for by {name_of(worker())} at {spell(here())}, outside of "
-                "every scope: nobody would await its end.\nOpen one around the work: `async with scope(): ...`."
+                "every scope: nobody would await its end.\nOpen one around the work: `async with scope(): ...`; "
+                "around the requests of a web application, dbscope.integrations.asgi.ScopeMiddleware."
             )
         if not self.implicit_scopes:
             raise NoScopeError(
@@ -234,9 +298,10 @@ class BaseDatabase:
         """How many connections the pool gives out at most."""
         if self.shared is not None:
             return self.slots.stuck + 1  # one part of a fan-out at a time, whatever its callers hold
-        pool: Any = self._sync_engine.pool
-        overflow = getattr(pool, "_max_overflow", -1)  # only QueuePool has a limit, and no public name for it
-        return float("inf") if overflow < 0 else pool.size() + overflow
+        return size_of(self._sync_engine.pool)
+
+    def _pools(self) -> list[Pool]:
+        return [engine.pool for engine in (self._sync_engine, *self._engines.apart())]
 
     def run_hooks(self, hooks: Sequence[Hook]) -> None:
         """Run the hooks of a transaction that its user ended, each in a scope of its own."""
@@ -371,9 +436,12 @@ class BaseDatabase:
                 ScopeWarning,
                 stacklevel=3,
             )
-        for key, database in list(_by_url.items()):
-            if database is self:
-                del _by_url[key]
+        for reference in _by_url.valuerefs():  # in one go: other threads may make a database meanwhile
+            if reference() is self:
+                _by_url.pop(reference.key, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy(repr(self))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -493,6 +561,7 @@ class Database(BaseDatabase, Generic[S]):
         self._class = self._maker.class_
         instrument_sessions(self._class)
         self.session = registry_for(SessionRegistry, self, session_class, Session)(self, self._maker)
+        self._tell_made()
 
     def transaction(self, **options: Unpack[TransactionOptions]) -> Transaction[S]:
         """A block whose work is committed when it ends, or rolled back, and the error re-raised.
@@ -624,6 +693,25 @@ class Database(BaseDatabase, Generic[S]):
             Exception: the first one that a call raised; no further call was begun after it.
         """
         return fan_out(self, self.slots, function, items, name=name, limit=limit)
+
+    def check_capacity(self, processes: int) -> Capacity:
+        """Check that all processes together can be given the connections that they may ask for: say it at start-up.
+
+        Args:
+            processes: how many make this database, on all hosts together: web workers, task workers, jobs.
+
+        Returns:
+            the figures, to be logged. The pools that this process has now count: those of readers with `autocommit`
+            from their first use on, those of `apart()` by themselves.
+
+        Raises:
+            ConfigurationError: there are fewer, or a pool has no limit. What other applications and people use is not
+                counted.
+        """
+        refuse_processes(processes)
+        with self.engine.connect() as connection:
+            found = capacity_of(self._pools(), processes, connection)
+        return refuse_more(found, self.name)
 
     def apart(
         self,
@@ -820,7 +908,7 @@ def refuse_second(database: BaseDatabase, url: URL, memory: sqlite.Memory | None
     """
     if memory is not None:
         return
-    key = (url.render_as_string(hide_password=False), database.is_async)
+    key = (sqlite.absolute(url).render_as_string(hide_password=False), database.is_async)
     if key in _by_url:
         gc.collect()  # one that was dropped may only be waiting for this
     first = _by_url.get(key)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from dbscope.hooks import Hook, asettle, settle
 from dbscope.interrupt import is_of_signal
-from dbscope.plan import Plan, arun, finish, run
+from dbscope.plan import Plan, arun, finish, finish_off_loop, run
 
 __all__ = ["Ending", "aend", "end", "raise_first"]
 
@@ -24,7 +24,13 @@ def end(plan: Ending, error: BaseException | None, title: Callable[[], str]) -> 
 
 
 async def aend(
-    plan: Ending, error: BaseException | None, title: Callable[[], str], *, holds: bool, forward: bool
+    plan: Ending,
+    error: BaseException | None,
+    title: Callable[[], str],
+    *,
+    holds: bool,
+    forward: bool,
+    awaits: bool = True,
 ) -> None:
     """Async version of `end`.
 
@@ -34,9 +40,12 @@ async def aend(
         title: what ends, for the note that an error is given.
         holds: whether a connection is held: it is then given back however often this task is cancelled meanwhile.
         forward: pass the first cancel on to the commit that is under way.
+        awaits: whether a step of the plan may have to be awaited; all of it goes to one thread otherwise.
     """
     cancelled: asyncio.CancelledError | None = None
-    if holds:
+    if holds and not awaits:
+        (failure, hooks), cancelled = await finish_off_loop(plan)
+    elif holds:
         (failure, hooks), cancelled = await finish(plan, forward=forward)
     else:
         failure, hooks = await arun(plan)

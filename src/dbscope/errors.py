@@ -11,6 +11,7 @@
     │   └── LeftOpenError           a test ended, and something that it opened was still open
     ├── OverlapError                one session, two threads or tasks
     ├── FanOutError                 a fan-out that could never get a connection
+    ├── GuardError                  a guard found what it was told to raise for
     └── TransactionError
         ├── NotTheOwnerError        a commit (or reset, or invalidate) by somebody who did not begin
         ├── RollbackOnlyError       the block can only roll back
@@ -24,6 +25,8 @@
         ├── PartialCommit           several databases, and a commit failed after another had succeeded
         └── UncommittedWritesError  a scope ended with writes that nobody committed
 
+    GuardWarning                    a guard found what it was told to warn about
+    └── SentBeforeCommit            a task was sent to a queue inside of a transaction that has yet to commit
     UncommittedWrites               the same, as a warning (the default)
     ScopeWarning                    scopes that ended in an order, or a place, that they should not
 """
@@ -33,6 +36,8 @@ __all__ = [
     "ConfigurationError",
     "DBScopeError",
     "FanOutError",
+    "GuardError",
+    "GuardWarning",
     "LeftOpenError",
     "NoScopeError",
     "NoTransactionError",
@@ -47,6 +52,7 @@ __all__ = [
     "ScopeMisuseError",
     "ScopeWarning",
     "SelfBlockedError",
+    "SentBeforeCommit",
     "TransactionAbortedError",
     "TransactionError",
     "TransactionInProgress",
@@ -89,6 +95,10 @@ class OverlapError(DBScopeError):
 
 class FanOutError(DBScopeError):
     """A fan-out could never get a connection, because its own callers hold all of them."""
+
+
+class GuardError(DBScopeError):
+    """A guard found something, and was told to raise for it."""
 
 
 class TransactionError(DBScopeError):
@@ -177,5 +187,13 @@ class UncommittedWrites(UserWarning):
     """A scope ended with writes that nobody committed; they are rolled back."""
 
 
+class GuardWarning(UserWarning):
+    """A guard found something, and was told to warn about it."""
+
+
 class ScopeWarning(UserWarning):
     """Scopes ended in an order, or a place, that they should not."""
+
+
+class SentBeforeCommit(GuardWarning):
+    """A task was sent to a queue inside of a transaction that has yet to commit: a worker may not find its rows."""

@@ -1,13 +1,20 @@
-"""Which generator may open a scope: entered in a plain one's frame, it would become the scope of whoever iterates."""
+"""Which generator may open a scope: entered in a plain one's frame, it would become the scope of whoever iterates.
+
+And which function can be decorated to run in one.
+"""
 
 import contextlib
+import inspect
+from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from types import FrameType
+from typing import Any
 
-from dbscope.errors import ScopeMisuseError
+from dbscope.errors import ConfigurationError, ScopeMisuseError
+from dbscope.hooks import title
 from dbscope.where import spell
 
-__all__ = ["CONTEXTLIB", "IN_GENERATOR", "refuse_generator"]
+__all__ = ["CONTEXTLIB", "IN_GENERATOR", "refuse_generator", "refuse_undecoratable"]
 
 CONTEXTLIB = contextlib.__file__
 IN_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
@@ -45,3 +52,32 @@ def refuse_generator(frame: FrameType) -> FrameType:
         f"{frame.f_code.co_name} with @contextmanager (or @asynccontextmanager) and use it in a `with`. "
         "A stream that a server iterates fetches each part in a function that opens a scope of its own."
     )
+
+
+def refuse_undecoratable(function: Any, decorator: str, what: str, block: str) -> bool:
+    """Raise if a block around a function's call would not be one around its work.
+
+    Args:
+        function: what is decorated.
+        decorator: by which decorator.
+        what: the block.
+        block: what to write inside of it instead.
+
+    Returns:
+        whether it is a coroutine function.
+    """
+    if isinstance(function, staticmethod | classmethod | property):
+        kind = type(function).__name__
+        raise ConfigurationError(f"{decorator} was put on a {kind}. Put it below @{kind}, next to the function.")
+    if not callable(function):
+        raise ConfigurationError(f"{decorator} decorates functions, not {function!r}.")
+    inner: Any = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    call = inner if inspect.isroutine(inner) else type(inner).__call__
+    if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+        raise ConfigurationError(
+            f"{title(function)} is a generator: calling it runs nothing yet, so the {what} would be over before "
+            f"its first line. Use `{block}` inside of it, under @contextmanager, or return a list."
+        )
+    return inspect.iscoroutinefunction(call)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from dbscope.events import HookRun, emit
 from dbscope.plan import Call, Plan, finish
 
 if TYPE_CHECKING:
@@ -84,18 +85,22 @@ def settle(hooks: Sequence[Hook], error: BaseException | None) -> Plan[None]:
     failures: list[Exception] = []
     cancelled: asyncio.CancelledError | None = None
     for hook in hooks:
+        failed: BaseException | None = None
         try:
             yield Call(hook.function, blocking=hook.blocking)
         except asyncio.CancelledError as cancel:
-            cancelled = cancel  # the one hook's; what was to follow does not depend on when it arrived
+            failed = cancelled = cancel  # the one hook's; what was to follow does not depend on when it arrived
         except Exception as failure:
+            failed = failure
             failure.add_note(f"raised by the on_{hook.outcome} {hook.name}; the {hook.outcome} stands")
             failures.append(failure)
+        if HookRun.observers:
+            emit(HookRun(name=hook.name, outcome=hook.outcome, error=failed))
     first = error or cancelled
     if first is not None:
-        for failed in failures:
-            log.error("a hook failed after the work had failed", exc_info=failed)
-            first.add_note(f"and {failed!r} was {failed.__notes__[-1]}")
+        for each in failures:
+            log.error("a hook failed after the work had failed", exc_info=each)
+            first.add_note(f"and {each!r} was {each.__notes__[-1]}")
         if cancelled is not None:
             raise cancelled
     elif len(failures) == 1:

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from dbscope.errors import ConfigurationError, ScopeMisuseError
+from dbscope.events import ScopesPileUp, emit
 from dbscope.scope import Colour, Commit, PlacedScope, Scope, disinherit
 from dbscope.scope import _current as _current_scope
 from dbscope.where import here, running_loop, spell
@@ -16,6 +17,7 @@ from dbscope.where import here, running_loop, spell
 __all__ = ["aend_scope", "begin_scope", "end_scope"]
 
 _open: dict[Hashable, Scope] = {}
+many: list[int] = []  # so many open at once are told of; the next time when there are twice as many
 
 
 def begin_scope(id: Hashable, name: str | None = None, *, commit: Commit = None) -> Scope:
@@ -45,6 +47,9 @@ def begin_scope(id: Hashable, name: str | None = None, *, commit: Commit = None)
         known = _open.setdefault(id, work)
         if known is work:
             work.enter(Colour.BY_ID)
+            if many and len(_open) >= many[0]:
+                many[0] *= 2
+                emit(ScopesPileUp(scopes=tuple(_open.values())))
             return work
     _current_scope.set(known)
     return known
@@ -101,6 +106,11 @@ def _hashable(id: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def open_by_id() -> list[Scope]:
+    """The scopes by id that are open, the oldest first."""
+    return list(_open.values())
 
 
 def disinherit_all(parent: int) -> None:

@@ -5,12 +5,13 @@ import os
 import sys
 import threading
 import time
+from _thread import start_new_thread
 from typing import Any
 
 from dbscope.ending import end
 from dbscope.errors import NoScopeError
 from dbscope.scope import Colour, Scope, State, current_scope, disinherit
-from dbscope.where import here, name_of, running_loop, spell, worker
+from dbscope.where import GREENLETS, here, name_of, running_loop, spell, worker
 
 __all__ = ["forget_implicit", "home_of", "implicit_scope", "open_implicit"]
 
@@ -45,6 +46,9 @@ class _Tenure:
             return
         if self.pid != os.getpid():
             _inherited.append(self.home)  # in a fork's child: closing would speak on the parent's connection
+        elif GREENLETS:
+            # This is gevent's hub, which must not wait: not even for the answer to a rollback.
+            start_new_thread(self.home.end, ())
         else:
             self.home.end()
 
@@ -79,10 +83,11 @@ def open_implicit(source: Any) -> Scope:
     Raises:
         NoScopeError: in a running task: whatever runs next on this thread would share the session.
     """
-    if running_loop() is not None and not _in_ipython():
+    if running_loop() is not None and not in_ipython():
         raise NoScopeError(
             f"a session of {source.name} was asked for by {name_of(worker())} at {spell(here())}, outside of every "
-            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`."
+            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`; "
+            "around the requests of a web application, dbscope.integrations.asgi.ScopeMiddleware."
         )
     home = _thread.home
     if home is None or home.ended:
@@ -90,10 +95,13 @@ def open_implicit(source: Any) -> Scope:
         _thread.tenure = _Tenure(home)
         if threading.current_thread() is threading.main_thread():
             atexit.register(home.end)  # its storage is only cleared when it is too late to warn
+            processes: Any = sys.modules.get("multiprocessing.util")
+            if processes is not None:
+                processes.Finalize(None, home.end, exitpriority=0)  # its children end without `atexit`
     return home
 
 
-def _in_ipython() -> bool:
+def in_ipython() -> bool:
     """Whether the running task is a cell of IPython's: its loop runs one at a time, as a thread does."""
     module = sys.modules.get("IPython")
     return module is not None and module.get_ipython() is not None

@@ -4,17 +4,20 @@ Every rule that protects data is here, written once against the sync `Session`; 
 The state is a `Lifecycle` beside the session, so that users keep plain SQLAlchemy objects.
 """
 
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ref
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from dbscope.closings import Expiry
 from dbscope.errors import (
     ConfigurationError,
     DBScopeError,
@@ -27,6 +30,7 @@ from dbscope.errors import (
     SelfBlockedError,
     TransactionInProgress,
 )
+from dbscope.events import SessionDropped, emit
 from dbscope.hooks import Hook
 from dbscope.lockwatch import LockWatch, backend_of
 from dbscope.settings import Settings
@@ -51,17 +55,37 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-__all__ = ["Doom", "End", "Lifecycle", "Owner", "Write", "end_life", "life_of"]
+__all__ = [
+    "Doom",
+    "End",
+    "Lifecycle",
+    "Mark",
+    "Owner",
+    "State",
+    "Write",
+    "commits_at_once",
+    "end_life",
+    "life_of",
+    "wake",
+]
 
 _monotonic = time.monotonic
+_Lock = threading.Lock
+State = Literal["active", "idle in transaction", "idle"]
 
 
 class Home(Protocol):
     """What a lifecycle asks of the scope that its session lives in."""
 
     @property
-    def is_inside(self) -> bool:
-        """Whether there is a scope around this one."""
+    def tag(self) -> tuple[str | None, Place | None]:
+        """Its name, as far as it is known without further ado, and where it was opened."""
+
+    _outer: Any  # the scope around this one
+
+    @property
+    def ending(self) -> str:
+        """What its end came with, as errors say it after "it ended"."""
 
     def describe(self) -> str:
         """The scope as errors name it."""
@@ -77,7 +101,7 @@ class Source(Protocol):
     one_writer: bool
     knows_waits: bool
     outcome: Resolution
-    holders: set["ref[Lifecycle]"]
+    holders: set["Mark"]
 
     def capacity(self) -> float:
         """How many connections the pool gives out at most."""
@@ -163,12 +187,14 @@ class Doom:
 class End:
     """How a session's life ended: for the errors of those who kept it."""
 
-    __slots__ = ("at", "how", "pid", "place", "whose")
+    __slots__ = ("_how", "at", "pid", "place", "whose")
 
-    def __init__(self, whose: Home | str, how: str, place: Place | None = None, pid: int | None = None) -> None:
+    def __init__(
+        self, whose: Home | str, place: Place | None = None, *, how: str | None = None, pid: int | None = None
+    ) -> None:
         self.whose = whose  # described when an error asks: that costs more than all else that ends a scope
-        self.how = how
         self.place = place
+        self._how = how
         self.pid = pid
         self.at = _monotonic()
 
@@ -177,12 +203,44 @@ class End:
         """Whose end it was, as errors name it."""
         return self.whose if isinstance(self.whose, str) else self.whose.describe()
 
+    @property
+    def how(self) -> str:
+        """How it ended, as errors say it: with its scope, if nothing else was said."""
+        if self._how is not None:
+            return self._how
+        return "it ended" if isinstance(self.whose, str) else f"it ended{self.whose.ending}"
+
 
 # The writes whose tasks started the running one (or are it): they may be ended from here.
 _wrote: ContextVar[tuple[Write, ...]] = ContextVar("dbscope.wrote", default=())
 
+# Called, and taken out, when a session takes a connection: who watches sleeps while none is held.
+sleepers: list[Callable[[], None]] = []
+
 # Bumped in the child of a fork: a session of the parent is then refused.
 generation = 0
+
+
+class Mark(ref["Lifecycle"]):
+    """A life whose session has a connection; and what is to be said if the session is dropped with it."""
+
+    __slots__ = ("home", "source", "taken")
+
+    source: "Source"
+    taken: Place
+    home: tuple[str | None, Place | None] | None  # the scope itself would keep its session
+
+
+_session_dropped = SessionDropped.observers
+
+
+def _dropped(mark: Any) -> None:
+    """The garbage collector has found a session with a transaction open."""
+    source = mark.source
+    source.holders.discard(mark)
+    if _session_dropped and not sys.is_finalizing():
+        name, opened = mark.home or (None, None)
+        emit(SessionDropped(database=source, name=name, opened=opened, taken=mark.taken))
 
 
 class Lifecycle:
@@ -196,11 +254,11 @@ class Lifecycle:
         *("__weakref__", "_ref", "acting", "asking", "backend", "beside", "blocks", "broken", "close_waits"),
         *("committed", "connection", "doom", "dropped", "ended", "freed", "generation", "home", "hooks", "others"),
         *("owner", "read_first", "released", "shared", "since", "source", "taken", "turn", "undone", "used", "user"),
-        *("watch", "writes", "wrote"),
+        *("again", "expiry", "failed", "sent", "statements", "watch", "writes", "wrote"),
     )
 
     def __init__(self, home: Home | None, source: Source | None) -> None:
-        self.turn = threading.Lock()  # held while one thread or task uses the session
+        self.turn = _Lock()  # held while one thread or task uses the session
         self.generation = generation
         self.home = home
         self.source = source
@@ -215,10 +273,10 @@ class Lifecycle:
         self.wrote = False  # be it undone to a savepoint: SQLite keeps the lock until the transaction ends
         self.hooks: tuple[Hook, ...] = ()
         self.dropped: Place | None = None  # the first write of a transaction that was closed without a commit
-        self.undone: OverlapError | None = None  # what the next use raises: a sibling threw this transaction away
+        self.undone: DBScopeError | None = None  # what the next use raises, as where a sibling threw this away
         self.committed = False  # SQLAlchemy said so of the transaction that is ending
         self.freed: SessionTransaction | None = None  # the savepoint that SQLAlchemy is releasing
-        self.close_waits = False
+        self.close_waits: Place | bool = False  # where close() was called, to be done when the block ends
         self.broken = False  # a BaseException cut through a flush or a commit
         self.read_first = False  # on SQLite: the transaction began with a read, and a write has to upgrade it
         self.taken: Place | None = None  # the line that took the connection, while there is one
@@ -230,8 +288,13 @@ class Lifecycle:
         self.beside: tuple[Lifecycle, ...] = ()  # open transactions of the same work: never wait for their locks
         self.backend: int | None = None  # the server's process, where it was asked for
         self.watch: LockWatch | None = None  # over the statement that is running
+        self.sent: str | None = None  # the last statement of the open transaction
+        self.expiry: Expiry | None = None  # what has expired its objects last
+        self.failed: Any = None  # what the open transaction failed with, so that it can only be rolled back
+        self.statements = 0  # how many it has sent: who looks now and then sees whether there were new ones
+        self.again = False  # it has committed a transaction before
         self.shared: Shared | None = None  # whose connection this session and others work on, in a test's sandbox
-        self._ref: ref[Lifecycle] | None = None
+        self._ref: Mark | None = None
 
     # -- who may do what ---------------------------------------------------------------------------------------
 
@@ -336,14 +399,23 @@ class Lifecycle:
         if self.connection is not None:  # its tables are of several databases
             self.others += (self.connection,)
         self.connection = connection
-        self.taken = (here() if self.asking is None else place_of(self.asking.f_back)) or UNKNOWN
+        asking = self.asking
+        self.taken = taken = (here() if asking is None else place_of(asking.f_back)) or UNKNOWN
         self.since = _monotonic()
         source, home = self.source, self.home
         if source is not None:
-            if source.knows_waits and home is not None and self.shared is None:
-                self.beside = tuple(life for life in home.outer_lives(source) if life.connection is not None)
-            mine = self._ref = ref(self, source.holders.discard)
-            source.holders.add(mine)
+            self._ref = mark = Mark(self, _dropped)
+            mark.source = source
+            mark.taken = taken
+            if home is None:
+                mark.home = None
+            else:
+                mark.home = home.tag
+                if home._outer is not None and source.knows_waits and self.shared is None:
+                    self.beside = tuple(life for life in home.outer_lives(source) if life.connection is not None)
+            source.holders.add(mark)
+            if sleepers:
+                wake()
 
     def statement(self, session: Session, kind: Kind, text: str, *, alone: bool = False) -> None:
         """A statement other than a plain read is about to be executed, or the transaction is doomed.
@@ -408,7 +480,7 @@ class Lifecycle:
         """Raise if a write could never be committed, or never be rolled back."""
         if self.source is not None and self.source.one_writer:
             self.refuse_second_writer()
-        if self.owner is not None and self.connection is not None and _commits_at_once(self.connection):
+        if self.owner is not None and self.connection is not None and commits_at_once(self.connection):
             raise ConfigurationError(
                 f"a write was sent at {spell(here())}, inside {self.owner}, on a connection with isolation level "
                 "AUTOCOMMIT: it could not be rolled back.\n"
@@ -422,7 +494,7 @@ class Lifecycle:
         for known in self.writes:
             if known.savepoint is savepoint and known.task is task:
                 return
-        if self.connection is not None and _commits_at_once(self.connection):
+        if self.connection is not None and commits_at_once(self.connection):
             return
         write = Write(here(), savepoint, task)
         self.writes += (write,)
@@ -458,16 +530,21 @@ class Lifecycle:
 
     def root_ended(self) -> None:
         """The whole transaction is over, by whatever means; its connection is back in the pool."""
-        if self._ref is not None and self.source is not None:
-            self.source.holders.discard(self._ref)
+        mark = self._ref
+        if mark is not None:
+            mark.source.holders.discard(mark)
             self._ref = None
-        for write in self.writes:
-            write.over = True
-        self.writes = ()
+        self.taken = self.connection = None
+        if self.writes:
+            for write in self.writes:
+                write.over = True
+            self.writes = ()
+        if self.released:
+            return  # what follows is for the next transaction, and there will be none
         self.wrote = False
         if self.owner is not None and not self.acting:
             self.doom = Doom("its transaction was rolled back", here(), None)
-        self.taken = self.connection = self.backend = None
+        self.backend = self.sent = self.failed = None
         self.beside = self.others = ()
         self.read_first = False
 
@@ -520,6 +597,13 @@ class Lifecycle:
     def whose(self) -> str:
         """Whose session it is, as errors name it."""
         return "a session outside of every scope" if self.home is None else self.home.describe()
+
+    @property
+    def state(self) -> State:
+        """What it does now with the connection that it holds."""
+        if self.turn.locked():
+            return "active"
+        return "idle" if self.owner is not None and self.owner.autocommit else "idle in transaction"
 
     @property
     def is_apart(self) -> bool:
@@ -584,7 +668,14 @@ class Lifecycle:
         return f"{', '.join(sorted(names))} objects that were never flushed"
 
 
-def _commits_at_once(connection: Connection) -> bool:
+def wake() -> None:
+    """A connection was taken: whoever watches has something to look at."""
+    with contextlib.suppress(IndexError):  # that was the last one, or another thread was faster
+        while True:
+            sleepers.pop()()
+
+
+def commits_at_once(connection: Connection) -> bool:
     """Whether a connection is in AUTOCOMMIT, by an option of its own or its engine's."""
     level = connection.get_execution_options().get("isolation_level")
     if level is None:

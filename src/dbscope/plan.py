@@ -120,16 +120,20 @@ async def off_loop(function: Callable[[], T], *, lasting: bool = False) -> T:
         function: what to do.
         lasting: as for `arun`.
     """
+    work = _in_thread(function)
+    if lasting:
+        await outlast(work, forward=False)
+        return work.result()
+    return await to_completion(work)
+
+
+def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":
     global _threads
     with _threads_lock:
         if _threads is None:
             _threads = ThreadPoolExecutor(max_workers=10_000, thread_name_prefix="dbscope")
     context = _ours()
-    work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
-    if lasting:
-        await outlast(work, forward=False)
-        return work.result()
-    return await to_completion(work)
+    return asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(function))
 
 
 def _ours() -> contextvars.Context:
@@ -162,6 +166,13 @@ async def finish(plan: Plan[T], *, forward: bool) -> tuple[T, asyncio.CancelledE
     """
     work = asyncio.get_running_loop().create_task(arun(plan, lasting=True), context=_ours())
     cancelled = await outlast(work, forward=forward)
+    return work.result(), cancelled
+
+
+async def finish_off_loop(plan: Plan[T]) -> tuple[T, asyncio.CancelledError | None]:
+    """As `finish`, for a plan that awaits nothing: all of it in one thread, which no cancel ends."""
+    work = _in_thread(lambda: run(plan))
+    cancelled = await outlast(work, forward=False)
     return work.result(), cancelled
 
 

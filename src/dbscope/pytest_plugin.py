@@ -1,4 +1,6 @@
-"""Fixtures for pytest. Nothing happens, and `dbscope.testing` is not imported, until a test asks for one of them.
+"""Fixtures for pytest, and what guards know of the error of a test.
+
+Nothing else happens, and `dbscope.testing` is not imported, until a test asks for a fixture.
 
 `dbscope_databases` is yours to define; the others build on it, and serve sync databases. A sync fixture cannot await:
 for an async database write a fixture of two lines around `dbscope.testing.sandbox`, as the page on tests shows.
@@ -9,9 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dbscope.events import WorkFailed, tell_failed
+
+pytest.register_assert_rewrite("dbscope.conformance")  # its asserts are to say what was found, as a test's own do
+
 if TYPE_CHECKING:
     from dbscope.scope import Scope
     from dbscope.testing import CapturedHook, sandbox
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Let guards add to the error of a test what they know of it."""
+    outcome: Any = yield
+    if outcome.excinfo is not None and WorkFailed.observers:
+        tell_failed(outcome.excinfo[1])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ instead of forwarding each call, which is what makes it faster than the original
 import contextlib
 from collections.abc import Callable
 from functools import update_wrapper
-from inspect import iscoroutinefunction, isfunction, signature
+from inspect import Signature, iscoroutinefunction, isfunction, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy.exc import InvalidRequestError
@@ -18,7 +18,7 @@ from dbscope.errors import DBScopeError
 from dbscope.implicit import _thread, implicit_scope, open_implicit
 from dbscope.lifecycle import End, end_life, life_of
 from dbscope.scope import _get
-from dbscope.session import release
+from dbscope.session import refuse_copy, release
 from dbscope.where import here, running_loop
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ class SessionRegistry(scoped_session[S]):
     def __init__(self, source: Any, factory: "sessionmaker[S]") -> None:
         self.session_factory = factory
         self._source = source
+        be_a_dependency(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy(repr(self))
 
     def __call__(self, **kw: Any) -> S:
         """The current scope's session, made now if there is none yet.
@@ -188,6 +192,21 @@ class SessionRegistry(scoped_session[S]):
         return f"<the session of {self._source.name} in the current scope>"
 
 
+def be_a_dependency(registry: Any) -> None:
+    """Let frameworks that inject what a callable gives take the registry for a coroutine function without parameters.
+
+    As it stands in `Depends(db.session)`: FastAPI would take the options of `__call__` for a query parameter, and make
+    the call in a worker thread. What it finds on the object, calling it does not: `db.session()` is the class's. That
+    gives a session, which a framework may await, as it is no mistake to await one (see `ScopedSession`).
+    """
+
+    async def dependency() -> Any:
+        return registry.registry.session()
+
+    registry.__call__ = dependency
+    registry.__signature__ = Signature(return_annotation=registry.session_factory.class_)
+
+
 def waits_for_owner(session: Any) -> bool:
     """Whether the end of a session has to wait for a managed transaction's; it is then kept in mind."""
     life = life_of(session)
@@ -201,7 +220,7 @@ def forget(registry: Any, session: Any) -> None:
     """Take a session that was closed out of its scope, and make it dead."""
     home = life_of(session).home
     registry.registry.clear()
-    end_life(session, End(home.describe() if home else registry._source.name, "it was removed", here()))
+    end_life(session, End(home.describe() if home else registry._source.name, here(), how="it was removed"))
 
 
 # Every member is generated with the look-up written out in it: calling `registry()` and `getattr` from a common getter
@@ -214,7 +233,7 @@ _LOOK_UP = """
         try:
             session = home._sessions[self._source]
         except KeyError:
-            session = self.registry()
+            session = home.open(self._source)
 """
 _ATTRIBUTE = f"""
 def get(self):{_LOOK_UP}    return session.{{name}}

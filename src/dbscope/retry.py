@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from dbscope.conflicts import Conflict, conflict_of, leaves_open, saved_a_part
 from dbscope.errors import ConfigurationError, TransactionInProgress
+from dbscope.events import Fact, emit
 from dbscope.hooks import title
 from dbscope.implicit import home_of
 from dbscope.lifecycle import Lifecycle, Owner, life_of
@@ -50,8 +51,8 @@ class Clock:
         await asyncio.sleep(seconds)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttemptFailed:
+@dataclass(frozen=True, kw_only=True)
+class AttemptFailed(Fact):
     """An attempt met a conflict and was rolled back; the next one begins after a pause.
 
     Attributes:
@@ -211,6 +212,8 @@ class Course:
         return self.policy.conflict(error)
 
     def _tell(self, fact: AttemptFailed) -> None:
+        if AttemptFailed.observers:
+            emit(fact)
         log.info(
             "attempt %d of %s met a conflict (%s); the next begins in %.3f s",
             *(fact.attempt, fact.work, fact.conflict.value, fact.pause),

@@ -5,6 +5,7 @@ key that could leak, or whose keys a later piece of work could inherit. Ending a
 session needs no check for dead scopes.
 """
 
+import functools
 import os
 import sys
 import threading
@@ -22,6 +23,7 @@ from dbscope.commit import before_commit, commit_all
 from dbscope.ending import Ending, aend, end, raise_first
 from dbscope.errors import (
     ConfigurationError,
+    GuardError,
     NoScopeError,
     ScopeEndedError,
     ScopeMisuseError,
@@ -29,8 +31,9 @@ from dbscope.errors import (
     UncommittedWrites,
     UncommittedWritesError,
 )
-from dbscope.generators import CONTEXTLIB, IN_GENERATOR, refuse_generator
-from dbscope.hooks import Hook
+from dbscope.events import ScopeEnded, ScopeOpened, ScopeTooLong, WorkFailed, emit, tell_failed
+from dbscope.generators import CONTEXTLIB, IN_GENERATOR, refuse_generator, refuse_undecoratable
+from dbscope.hooks import Hook, title
 from dbscope.lifecycle import End, Lifecycle, Owner, end_life, life_of
 from dbscope.plan import OnSession
 from dbscope.session import release
@@ -39,6 +42,7 @@ from dbscope.where import Place, ago, here, is_over, line_of, name_of, on_behalf
 __all__ = ["Scope", "current_scope", "scope"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 Commit = Literal["on-success"] | None
 
 
@@ -94,6 +98,8 @@ _current: ContextVar["Scope | None"] = ContextVar("dbscope.scope", default=None)
 _get, _set = _current.get, _current.set
 _getframe = sys._getframe
 _monotonic = time.monotonic
+_opened, _ended, _failed = ScopeOpened.observers, ScopeEnded.observers, WorkFailed.observers
+too_long: list[float] = []  # the seconds after which a scope that used a database is told to have taken too long
 
 
 class Scope:
@@ -101,7 +107,8 @@ class Scope:
 
     Enter it once, with `with` or (for async sessions, and where sync ones must not block a loop) `async with`.
     It never commits by itself: `session.commit()`, `db.transaction()` do; what nobody committed is rolled back and
-    reported. A scope inside another has sessions of its own, and leaving it restores the outer one.
+    reported. A scope inside another has sessions of its own, and leaving it restores the outer one. As a decorator,
+    `@scope("resize")`, it gives each call of a function a new one.
 
     Args:
         name: what errors and the live view call this work; the line that opened it, if not given.
@@ -126,7 +133,7 @@ class Scope:
 
     __slots__ = (
         *("name", "commit", "writes", "since", "_sessions", "_guests", "_outer", "_code", "_instruction"),
-        *("_state", "_colour", "_loop", "_joined", "_end", "__weakref__"),
+        *("_state", "_colour", "_loop", "_joined", "_end", "_hooks", "__weakref__"),
     )
 
     def __init__(self, name: str | None = None, *, commit: Commit = None, writes: bool = True) -> None:
@@ -159,15 +166,23 @@ class Scope:
         self.since = _monotonic()
         self._state = _OPEN
         _set(self)
+        if _opened:
+            emit(ScopeOpened(scope=self, at=self.since))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None and _failed:
+            tell_failed(error)
         if self._sessions or self._state is not _OPEN:
             try:
                 if self._state is _OPEN and not self._end_simply(_getframe(1), error, blocking=True):
                     end(self._conclude(error), error, self.describe)
             finally:
-                self._leave()
+                outer = self._outer
+                if _get() is self and (outer is None or outer._state is _OPEN):  # as `_leave` does then
+                    _set(outer)
+                else:
+                    self._leave()
         else:
             self._state = _ENDED
             outer = self._outer
@@ -175,21 +190,57 @@ class Scope:
                 _set(outer)
             else:
                 self._leave()
+            if _ended:
+                self._tell_end(error)
 
     async def __aenter__(self) -> "Scope":
         self._colour = _ASYNC
         self._enter(_getframe(1))
         return self
 
+    def __call__(self, function: F) -> F:
+        """Decorate a function, sync or async: each call of it runs in a new scope like this one.
+
+        For what is called by others, such as the jobs of a pool: `executor.submit(scope("resize")(resize), id)`. The
+        name, if none was given, is the function's.
+
+        Raises:
+            ConfigurationError: it is no function, or a generator.
+        """
+        is_async = refuse_undecoratable(function, "@scope()", "scope", "with scope():")
+        name, place = self.name or title(function), here()
+
+        if is_async:
+
+            @functools.wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                async with PlacedScope(name, place, commit=self.commit, writes=self.writes):
+                    return await function(*args, **kwargs)
+
+            return cast("F", awaited)
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with PlacedScope(name, place, commit=self.commit, writes=self.writes):
+                return function(*args, **kwargs)
+
+        return cast("F", called)
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if error is not None and _failed:
+            tell_failed(error)
         if self._sessions or self._state is not _OPEN:
             try:
                 if self._state is _OPEN and not self._end_simply(_getframe(1), error, blocking=False):
                     await self._afinish(error)
             finally:
-                self._leave()
+                outer = self._outer
+                if _get() is self and (outer is None or outer._state is _OPEN):  # as `_leave` does then
+                    _set(outer)
+                else:
+                    self._leave()
         else:
             self._state = _ENDED
             outer = self._outer
@@ -197,6 +248,8 @@ class Scope:
                 _set(outer)
             else:
                 self._leave()
+            if _ended:
+                self._tell_end(error)
 
     def _end_simply(self, frame: FrameType, error: BaseException | None, *, blocking: bool) -> bool:
         """End a scope in which nothing is to be committed, as most are: what `_conclude` does then, without its plan.
@@ -213,38 +266,48 @@ class Scope:
         Returns:
             whether that was all; otherwise nothing has happened.
         """
-        sessions = [*self._sessions.items()]
         lost = None
-        for source, session in sessions:
+        lives: list[tuple[Any, Lifecycle]] = []  # of the sync sessions
+        for source, session in [*self._sessions.items()]:
             if session is _Guests:
                 return False
             life: Lifecycle = session._dbscope
-            if (life.owner is not None and not life.owner.reader) or life.hooks:
+            owner = life.owner
+            if (owner is not None and not owner.reader) or life.hooks:
                 return False
-            if life.used:
-                if (source.is_async or not blocking) and session.in_transaction():
+            if source.is_async:
+                if life.used and session.in_transaction():
                     return False
-                sync = session if isinstance(session, Session) else session.sync_session
-                if error is None and (place := life.unsaved(sync)) is not None:
-                    lost = [*(lost or ()), (source, place)]
+                session = session.sync_session
+            elif not blocking and life.used and session.in_transaction():
+                return False
+            lives.append((session, life))
+            if (
+                life.used
+                and error is None
+                and (life.writes or life.dropped is not None or not session._is_clean())
+                and (place := life.unsaved(session)) is not None
+            ):
+                lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
         self._sessions = _NO_SESSIONS
-        end = End(self, f"it ended{self.ending}", place_of(frame))
-        for _, session in sessions:
-            if session._dbscope.ended is None:
-                session._dbscope.ended = end
+        end = End(self, place_of(frame))
         failure: BaseException | None = None
-        for _, session in sessions:
-            life = session._dbscope
+        for _, life in lives:  # all of them, before the first one is released: what that fires may use another
+            if life.ended is None:
+                life.ended = end
+        for session, life in lives:
             if life.used:  # now or never: it was marked as ended before this look
                 try:
-                    release(session if isinstance(session, Session) else session.sync_session)
+                    release(session)
                 except BaseException as problem:
                     failure = _first(failure, problem)
             life.home = None
         if lost is not None:
             for source, place in lost:
                 failure = self._report(source, place, failure)
+        if _ended or (too_long and end.at - self.since > too_long[0]):
+            failure = self._told_end(end.at, error, failure)
         if failure is not None:
             raise_first(failure, error, self.describe)
         return True
@@ -259,7 +322,7 @@ class Scope:
             veto: roll back an on-success scope although nothing was raised.
         """
         if not self._sessions and self._state is _OPEN:
-            self._state = _ENDED
+            self._end_empty()
         elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=True)):
             self.refuse_async("afinish()")
             end(self._conclude(None, veto=veto), None, self.describe)
@@ -267,9 +330,30 @@ class Scope:
     async def afinish(self, *, veto: bool = False) -> None:
         """Async version of `finish`."""
         if not self._sessions and self._state is _OPEN:
-            self._state = _ENDED
+            self._end_empty()
         elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=False)):
             await self._afinish(None, veto=veto)
+
+    def _end_empty(self) -> None:
+        self._state = _ENDED
+        if _ended:
+            self._tell_end(None)
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        failure = self._told_end(self.since, error, None)
+        if failure is not None:
+            raise_first(failure, error, self.describe)
+
+    def _told_end(self, at: float, error: BaseException | None, failure: BaseException | None) -> BaseException | None:
+        """Tell that the scope is over, all being given back; what failed, be it a guard that says so."""
+        try:
+            if too_long and at - self.since > too_long[0] and self._colour is not _IMPLICIT:  # a thread's is no work
+                emit(ScopeTooLong(scope=self, lasted=at - self.since))
+            if _ended:
+                emit(ScopeEnded(scope=self, error=error or failure))
+        except GuardError as found:
+            return _first(failure, found)
+        return failure
 
     async def _afinish(self, error: BaseException | None, *, veto: bool = False) -> None:
         await aend(
@@ -278,6 +362,7 @@ class Scope:
             self.describe,
             holds=any(_in_transaction(session) for session in self._all()),
             forward=self.commit is not None and error is None,
+            awaits=not all(isinstance(session, Session) for session in self._sessions.values()),
         )
 
     def _enter(self, frame: FrameType) -> None:
@@ -302,6 +387,8 @@ class Scope:
         self.since = _monotonic()
         self._state = _OPEN
         _set(self)
+        if _opened:
+            emit(ScopeOpened(scope=self, at=self.since))
 
     def _leave(self) -> None:
         """Make current again what was before, where this scope still is; its sessions are released already.
@@ -345,17 +432,10 @@ class Scope:
             return session
         if self._state is _ENDED:
             raise self.ended_error(source.name)
-        if source.is_async and self._colour is _SYNC:
-            raise NoScopeError(
-                f"an async session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was "
-                "opened with `with`.\nOpen it with `async with scope():`, so that its end can be awaited."
-            )
-        if self._colour is _ASYNC and self._loop is None:
-            raise NoScopeError(
-                f"a session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was opened "
-                "on an event loop other than asyncio's, where its end cannot be awaited.\nRun this on asyncio; or use "
-                "a sync database, in a worker thread that opens its own scope: `with scope(): ...`."
-            )
+        if source.is_async:
+            self._refuse_colour(source)
+        elif self._colour is _ASYNC and self._loop is None:
+            raise self._on_other_loop(source)
         session = source.make(self, options)
         if source.is_async:
             self._loop = running_loop()
@@ -363,6 +443,30 @@ class Scope:
             title = f"the transaction of {self.describe()}"
             life_of(session).own(Owner(title, self.place, immediate=self.writes))
         return self._own_sessions().setdefault(source, session)  # another thread of the same work may have been faster
+
+    def _refuse_colour(self, source: Any) -> None:
+        """Raise if the end of an async session could not be awaited."""
+        if self._colour is _SYNC:
+            raise NoScopeError(
+                f"an async session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was "
+                "opened with `with`.\nOpen it with `async with scope():`, so that its end can be awaited."
+            )
+        if self._colour is _ASYNC:
+            if self._loop is None:
+                raise self._on_other_loop(source)
+            if running_loop() is None:
+                raise NoScopeError(
+                    f"an async session of {source.name} was asked for by {name_of(worker())} at {spell(here())} in "
+                    f"{self.describe()}, in a thread that cannot await.\n"
+                    "Use it in an `async def`, or a Database here."
+                )
+
+    def _on_other_loop(self, source: Any) -> NoScopeError:
+        return NoScopeError(
+            f"a session of {source.name} was asked for at {spell(here())} in {self.describe()}, which was opened "
+            "on an event loop other than asyncio's, where its end cannot be awaited.\nRun this on asyncio; or use "
+            "a sync database, in a worker thread that opens its own scope: `with scope(): ...`."
+        )
 
     def _own_sessions(self) -> dict[Any, Any]:
         """The scope's sessions, to put one in: a dictionary of its own from the first on."""
@@ -410,6 +514,11 @@ class Scope:
         guests = getattr(self, "_guests", None)
         if guests is not None:
             guests.pop(key, None)
+
+    def after_commit(self, hook: Hook) -> None:
+        """Call a hook at the end of this on-success scope, if all that is written in it, now or later, is committed."""
+        self._own_sessions().setdefault(_Guests, _Guests)  # or leaving would take the short way
+        self._hooks: tuple[Hook, ...] = (*getattr(self, "_hooks", ()), hook)
 
     def outer_lives(self, source: Any) -> Sequence[Lifecycle]:
         """The lives, in the scopes around this one, of sessions of `source` that cannot go on before this work ends."""
@@ -481,6 +590,7 @@ class Scope:
         self._state = _ENDING
         failure: BaseException | None = None
         committed: list[Any] = []
+        hooks: list[Hook] = []
         lost: list[tuple[Any, Any]] = []
         if error is None and not veto:
             try:
@@ -489,6 +599,8 @@ class Scope:
             except BaseException as problem:
                 failure = problem
             managed = self._managed()
+            if failure is None and len(committed) == len(managed):
+                hooks += getattr(self, "_hooks", ())
             for source, s in self._sessions.items():
                 if s not in managed and (place := _unsaved(s)) is not None:
                     lost.append((source, place))
@@ -496,10 +608,9 @@ class Scope:
         guests = getattr(self, "_guests", None)
         self._state = _ENDED
         self._sessions.clear()
-        end = End(self, f"it ended{self.ending}", here())
+        end = End(self, here())
         for session in sessions:
             end_life(session, end)
-        hooks: list[Hook] = []
         for session in sessions:
             try:
                 yield OnSession(session, release)
@@ -516,7 +627,7 @@ class Scope:
                 failure = _first(failure, problem)
         for source, place in lost:
             failure = self._report(source, place, failure)
-        return failure, hooks
+        return self._told_end(end.at, error, failure), hooks
 
     def _report(self, source: Any, place: Any, failure: BaseException | None) -> BaseException | None:
         policy = source.uncommitted
@@ -544,6 +655,11 @@ class Scope:
         """Where the scope was opened; None if nobody opened it, or nobody has yet."""
         code = getattr(self, "_code", None)
         return None if code is None else (code, self._instruction)
+
+    @property
+    def tag(self) -> tuple[str | None, Place | None]:
+        """Its name and its place, without much ado: asked for with each transaction."""
+        return self.name, self.place
 
     @property
     def is_inside(self) -> bool:
@@ -662,7 +778,7 @@ _inherited: list[Any] = []
 
 def disinherit(home: Scope, parent: int) -> None:
     """In the child of a fork: make a scope of the parent's dead, and never speak on its connections."""
-    end = End(home, f"it belongs to process {parent}", pid=parent)
+    end = End(home, how=f"it belongs to process {parent}", pid=parent)
     for session in home._all():
         end_life(session, end)
     _inherited.append(dict(home._sessions))

@@ -6,29 +6,35 @@ session's `Lifecycle` first.
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import wraps
 from socket import gaierror
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.attributes import instance_state
 
 from dbscope import lifecycle
-from dbscope.errors import OverlapError, ScopeMisuseError
+from dbscope.aborted import Failure
+from dbscope.closings import expired_all, expired_alone, kept, remember
+from dbscope.errors import ConfigurationError, GuardError, OverlapError, ScopeMisuseError
+from dbscope.events import RollbackPending, emit
 from dbscope.lifecycle import Home, Lifecycle, Source, life_of
-from dbscope.where import here, running_loop, spell, thread_id, worker
+from dbscope.where import Place, here, running_loop, spell, thread_id, worker
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
-__all__ = ["ScopedSession", "adopt", "derive", "release"]
+__all__ = ["ScopedSession", "adopt", "close_after", "derive", "release"]
 
-S = TypeVar("S", bound=Session)
+S = TypeVar("S")
+T = TypeVar("T", bound=Session)
 
 _getframe = sys._getframe
+_pending = RollbackPending.observers
 
 
 class _Unborn:
@@ -42,10 +48,22 @@ class _Unborn:
         return self if session is None else adopt(session, None, None)
 
 
+def itself(session: S) -> Generator[None, None, S]:
+    """What awaiting a session gives: frameworks await what `db.session` gives them, see `registry.be_a_dependency`."""
+    yield from ()
+    return session
+
+
 class ScopedSession(Session):
     """A session that knows its life. It goes before the user's session class, so that every call comes by here."""
 
     _dbscope: Lifecycle = cast("Lifecycle", _Unborn())
+    _closes_plainly = False  # whether `close()` is SQLAlchemy's own, so that its end may do a part of it only
+
+    __await__ = itself
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy(f"a session{f' of {self._dbscope.home.describe()}' if self._dbscope.home else ''}")
 
     def begin(self, nested: bool = False) -> "SessionTransaction":
         """Begin as `Session.begin`; refused in a managed transaction, which is begun and ended by its owner."""
@@ -79,7 +97,7 @@ class ScopedSession(Session):
         """
         life = self._dbscope
         if life.owner is not None:
-            life.close_waits = True
+            life.close_waits = (here() if kept else None) or True
         elif life.broken:
             self._throw_away()
         else:
@@ -94,7 +112,21 @@ class ScopedSession(Session):
             if failing is None and self.in_transaction():
                 place = life.unsaved(self)
                 life.dropped = place if isinstance(place, tuple) else here() if place else None
+            if kept and self.identity_map._dict:
+                remember(self, life, "session.close()")
             super().close()
+
+    def expire(self, instance: object, attribute_names: Any = None) -> None:
+        """Expire as `Session.expire`; where this was is known to the error of who reads it too late."""
+        super().expire(instance, attribute_names)
+        if kept and not self._dbscope.acting:
+            expired_alone(instance_state(instance), "session.expire()")
+
+    def expire_all(self) -> None:
+        """Expire as `Session.expire_all`; the same."""
+        if kept:
+            expired_all(self._dbscope, "session.expire_all()")
+        super().expire_all()
 
     def reset(self) -> None:
         """Reset as `Session.reset`; refused in a managed transaction."""
@@ -119,6 +151,15 @@ class ScopedSession(Session):
         """Prepare as `Session.prepare`; refused in a managed transaction."""
         self._dbscope.refuse_stranger("session.prepare()")
         super().prepare()
+
+
+def refuse_copy(what: str) -> NoReturn:
+    """Raise where something that has connections was to be copied, or pickled for another process."""
+    raise ConfigurationError(
+        f"{what} was to be copied, or sent to another process, which its connections cannot be.\n"
+        "Hand over ids. A process that imports the module which makes the database has one of its own; "
+        "`initializer=` of a pool can make it, too."
+    )
 
 
 def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -151,16 +192,25 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
             return use(session, *args, **kwargs)
         except DBAPIError as error:
             _explain(life, error)
+            if not session.is_active:
+                _note_failure(life, error)
             watch = life.watch
             if watch is not None and watch.blocked_by is not None and (own := life.blocked(watch)) is not None:
                 raise own from error
             raise
         except PendingRollbackError as error:
+            if _pending:
+                whose: dict[str, Any] = {"database": life.source, "scope": life.home, "session": session}
+                emit(RollbackPending(**whose, error=error, failure=life.failed))
             if life.owner is not None:
                 error.add_note(
                     f"Inside {life.owner} do not roll back: let the first error out of the block, or put the part "
                     "that may fail into `transaction(nested=True)`."
                 )
+            raise
+        except GuardError:
+            if life.asking is not None and life.connection is not None:
+                _refuse_begin(session, life)
             raise
         except (ConnectionError, gaierror) as error:  # asyncpg's, which SQLAlchemy lets through as it is
             if life.connection is None and life.source is not None:
@@ -168,7 +218,9 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
                     f"No connection could be made to {life.source.name}. Is the server up, and the address right?"
                 )
             raise
-        except Exception:
+        except Exception as error:
+            if not session.is_active:
+                _note_failure(life, error)
             raise
         except BaseException:
             life.broken = True
@@ -185,6 +237,15 @@ def exclusive(use: Callable[..., Any], name: str) -> Callable[..., Any]:
     return method
 
 
+def _autoflush(session: "ScopedSession") -> None:
+    """Flush as SQLAlchemy asks for it before each query, from inside of a call that has the session already.
+
+    Most queries have nothing to write before them, and asking for the session once more took a fiftieth of a SELECT.
+    """
+    if not session._is_clean():
+        Session._autoflush(session)
+
+
 _CLEAN_UP = frozenset({"close", "rollback", "reset", "invalidate"})
 
 
@@ -193,6 +254,13 @@ def _refuse_fork(life: Lifecycle) -> None:
         f"a session{f' of {life.home.describe()}' if life.home else ''} was used at {spell(here())}, "
         "in the child of a fork.\nA connection cannot be shared across a fork. Open a scope of its own in the child."
     )
+
+
+def _refuse_begin(session: "ScopedSession", life: Lifecycle) -> None:
+    """A guard refuses the transaction that this call has begun: give back what it took; what is pending stays so."""
+    transaction = session.get_transaction()
+    if transaction is not None and life.owner is None and not life.writes and not session.in_nested_transaction():
+        transaction.close()
 
 
 def _explain(life: Lifecycle, error: DBAPIError) -> None:
@@ -212,6 +280,13 @@ def _explain(life: Lifecycle, error: DBAPIError) -> None:
         )
 
 
+def _note_failure(life: Lifecycle, error: Exception) -> None:
+    """A flush failed, and its transaction can only be rolled back: for the error of who goes on."""
+    if life.failed is None:
+        cause = getattr(error, "orig", None) or error
+        life.failed = Failure(getattr(error, "statement", None), here(), cause, by_server=False)
+
+
 # Each of these may talk to the database, and none may do so while another thread or task does.
 _USES = (
     *("execute", "scalar", "scalars", "connection", "flush", "commit", "rollback", "close", "reset", "invalidate"),
@@ -219,19 +294,29 @@ _USES = (
 )
 
 
-def derive(session_class: type[S]) -> type[S]:
+def derive(session_class: type[T]) -> type[T]:
     """A private subclass of the user's session class, with the rules of this page put before it."""
     name = session_class.__name__
     guarded = type(name, (ScopedSession, session_class), {"__module__": session_class.__module__})
     for use in _USES:
         setattr(guarded, use, exclusive(getattr(guarded, use), use))
-    return cast("type[S]", guarded)
+    guarded._closes_plainly = session_class.close is Session.close  # type: ignore[attr-defined]  # the same
+    if session_class.flush is Session.flush:
+        guarded._autoflush = _autoflush  # type: ignore[attr-defined]  # it is a class that was just made
+    return cast("type[T]", guarded)
 
 
 def adopt(session: Session, home: Home | None, source: Source | None) -> Lifecycle:
     """Begin the life of a session that was just made."""
     life = session._dbscope = Lifecycle(home, source)  # type: ignore[attr-defined]  # it is a ScopedSession
     return life
+
+
+def close_after(session: Session, asked: Place | bool) -> None:
+    """Close a session whose user asked for that, and where, in a managed transaction, which is over now."""
+    if kept and session.identity_map._dict:
+        remember(session, life_of(session), "session.close()", None if isinstance(asked, bool) else asked)
+    Session.close(session)
 
 
 def _throw_away(connection: Connection | None) -> None:
@@ -249,34 +334,42 @@ def release(session: Session) -> None:
     Raises:
         Exception: what closing raised, after the connection was thrown away instead.
     """
-    life = life_of(session)
-    mine = life.turn.acquire(False)
-    if not mine and life.user != worker():
-        return
+    life: Lifecycle = session._dbscope  # type: ignore[attr-defined]  # it is a ScopedSession
+    turn = life.turn
+    mine = turn.acquire(False)
     if mine:
         life.user = thread_id() if running_loop() is None else worker()
+    elif life.user != worker():
+        return
     try:
-        if (
-            life.released or life.generation != lifecycle.generation
-        ):  # closing would speak on a fork's parent's connection
-            return
-        life.released = True
-        life.acting = True
+        if life.released or life.generation != lifecycle.generation:
+            return  # closing would speak on a fork's parent's connection
+        life.released = life.acting = True
         if life.broken:
             session.invalidate()
-        elif session.in_transaction() or session.identity_map:
-            try:
-                # The turn is ours already: what `derive` put before this would only ask for it again.
+            return
+        held = session.identity_map._dict
+        transaction: Any = session._transaction
+        if transaction is None and not held:
+            return
+        if held and kept:
+            remember(session, life)
+        try:
+            # The turn is ours already: what `derive` put before the session's own methods would only ask for it again.
+            known: Any = session
+            if held or known._new or known._deleted or transaction._parent is not None or not known._closes_plainly:
                 super(ScopedSession, session).close()  # type: ignore[misc]  # it is one
-            except BaseException:
-                session.invalidate()  # never return a connection in an unknown state
-                for connection in (*life.others, life.connection):  # where a rollback fails SQLAlchemy forgets them
-                    _throw_away(connection)
-                raise
+            else:
+                transaction.close()  # there are no objects to let go of
+        except BaseException:
+            session.invalidate()  # never return a connection in an unknown state
+            for connection in (*life.others, life.connection):  # where a rollback fails SQLAlchemy forgets them
+                _throw_away(connection)
+            raise
     finally:
         if life.connection is not None:
             life.root_ended()  # where closing fails SQLAlchemy does not say so
         life.acting = False
         life.owner = None
         if mine:
-            life.turn.release()
+            turn.release()

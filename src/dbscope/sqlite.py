@@ -5,6 +5,7 @@ data, and a savepoint opens no transaction at all. Here each transaction begins,
 those that are going to write say so, so that "database is locked" waits for its time-out instead of failing at once.
 """
 
+import os
 import re
 import sqlite3
 import uuid
@@ -22,6 +23,13 @@ def is_memory(url: URL) -> bool:
     """Whether the URL names a database in memory."""
     database = url.database or ""
     return database in ("", ":memory:") or "mode=memory" in str(url) or database.startswith("file::memory:")
+
+
+def absolute(url: URL) -> URL:
+    """The URL with the whole path of its file, however it was written; other URLs as they are."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith("file:"):
+        return url
+    return url.set(database=os.path.abspath(url.database))
 
 
 class Memory:
@@ -96,6 +104,8 @@ def _set_back(connection: Any, record: Any, state: PoolResetState) -> None:
             cursor.close()
 
 
+_READ = Kind.READ
+
 # These refuse to run inside of a transaction, or do nothing in one; comments may come before.
 _OUTSIDE = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:VACUUM|ATTACH|DETACH)\b", re.IGNORECASE | re.DOTALL)
 
@@ -105,16 +115,20 @@ def alone(text: str) -> bool:
     return _OUTSIDE.match(text) is not None
 
 
-def mode(cursor: Any, connection: Connection, kind: Kind, text: str, *, immediate: bool) -> str | None:
-    """The BEGIN that has to come before a statement, or None if a transaction is open or none is wanted."""
-    driver: Any = getattr(cursor, "connection", None)  # sqlite3's, which spares the way through the pool's objects
-    if driver is None:
-        driver = connection.connection.driver_connection
-    if driver.in_transaction or kind is Kind.CONTROL or kind is Kind.SETTING:
-        return None
+def begin(driver: Any, kind: Kind, text: str, *, immediate: bool) -> str | None:
+    """The BEGIN that has to come before a statement, or None if none is wanted.
+
+    Args:
+        driver: sqlite3's connection, in which no transaction is open.
+        kind: the statement's.
+        text: the statement.
+        immediate: take the write lock, whatever it is.
+    """
     if driver.isolation_level is None:
         return None  # AUTOCOMMIT was asked for
-    if kind is not Kind.READ and alone(text):
+    if kind is _READ:
+        return "BEGIN IMMEDIATE" if immediate else "BEGIN"
+    if kind is Kind.CONTROL or kind is Kind.SETTING or alone(text):
         return None
     return "BEGIN IMMEDIATE" if immediate or kind is Kind.WRITE else "BEGIN"
 

@@ -15,7 +15,6 @@ What a text cannot tell:
 import re
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from functools import lru_cache
 
 
 class Kind(Enum):
@@ -33,12 +32,24 @@ class Kind(Enum):
     """Begins, ends or prepares to end a transaction; also `SET autocommit` and MySQL's LOCK TABLES, which commit."""
 
 
+# What is known of short texts: a dictionary, which the listener of every statement asks without a call of `kind`.
+known_kinds: dict[str, Kind] = {}
+_MOST_TEXTS, _LONGEST = 1024, 4096  # characters; some 4 MB in all
+
+
 def kind(sql: str) -> Kind:
     """Tell what the server will do with `sql`; never raises, and a text without any statement is a READ.
 
-    Short texts are remembered (about 4 MB at most); long ones are read again, in time linear in their length.
+    Short texts are remembered until there are too many, long ones are read again, in time linear in their length.
     """
-    return _remembered(sql) if len(sql) <= 4096 else _classify(sql)
+    found = known_kinds.get(sql)
+    if found is None:
+        found = _classify(sql)
+        if len(sql) <= _LONGEST:
+            if len(known_kinds) >= _MOST_TEXTS:
+                known_kinds.clear()
+            known_kinds[sql] = found
+    return found
 
 
 def _classify(sql: str) -> Kind:
@@ -62,9 +73,6 @@ def _classify(sql: str) -> Kind:
         found = [_read(sql, _POSTGRESQL)]
     # A reading that ends inside a literal, or is no SQL, is not the one the server will make of a working text.
     return _strongest([kind for sound, kind in found if sound] or [kind for _, kind in found])
-
-
-_remembered = lru_cache(maxsize=1024)(_classify)
 
 
 def _strongest(kinds: Iterable[Kind]) -> Kind:

@@ -313,7 +313,7 @@ class _Level:
                 if place is not None and (home in around or home._colour is Colour.IMPLICIT):
                     self.reported = home._report(database, place, self.reported)
             title = home.describe() if home is not None else f"{database.name}"
-            life.ended = life.ended or End(title, f"{self.name} ended")
+            life.ended = life.ended or End(title, how=f"{self.name} ended")
             if home is None or not (home in around or home._colour is Colour.IMPLICIT):
                 continue
             if home.has(database) and life_of(home.open(database)) is life:

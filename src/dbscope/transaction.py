@@ -26,16 +26,21 @@ from dbscope.errors import (
     ScopeMisuseError,
     TransactionInProgress,
 )
+from dbscope.events import WorkFailed, tell_failed
+from dbscope.generators import refuse_undecoratable
 from dbscope.hooks import title
 from dbscope.implicit import home_of
 from dbscope.lifecycle import Doom, Lifecycle, Owner, life_of
 from dbscope.plan import OnSession, Plan, arun, run
 from dbscope.retry import Retry, aretrying, policy_of, retrying
-from dbscope.scope import _ENDED, Colour, PlacedScope, Scope
+from dbscope.scope import Colour, PlacedScope, Scope
+from dbscope.session import close_after
 from dbscope.terms import Kind, Terms
 from dbscope.where import Place, here, place_of, spell
 
 __all__ = ["AsyncTransaction", "Transaction", "transactional"]
+
+_failed = WorkFailed.observers
 
 SessionT = TypeVar("SessionT")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,7 +103,7 @@ class _Block(Generic[SessionT]):
                 life_of(own.open(source)).own(self._owner(frame))
                 self._shape(own.open(source))
             except BaseException:
-                own._state = _ENDED
+                own._end_empty()
                 own._leave()
                 raise
             return self._take(own, _Part.ROOT)
@@ -297,8 +302,8 @@ class _Block(Generic[SessionT]):
             unbind(getattr(session, "sync_session", session))
         hooks = life.take_hooks(committed=committed)
         if life.close_waits:
-            life.close_waits = False
-            yield OnSession(session, Session.close)
+            asked, life.close_waits = life.close_waits, False
+            yield OnSession(session, partial(close_after, asked=asked))
         return failure, hooks
 
     def _holds(self) -> bool:
@@ -319,6 +324,8 @@ class Transaction(_Block[SessionT]):
         return run(self._begin(sys._getframe(1), Colour.SYNC))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None and _failed:
+            tell_failed(error)
         try:
             failing = self._terms.failure(error)
             if not self._end_reader(sys._getframe(1), failing):
@@ -336,6 +343,8 @@ class AsyncTransaction(_Block[SessionT]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if error is not None and _failed:
+            tell_failed(error)
         try:
             failing = self._terms.failure(error)
             await aend(
@@ -463,23 +472,7 @@ def transactional(source: Any, function: F, terms: Terms, retry: Retry | int | N
 
 def _refuse_undecoratable(source: Any, function: Any) -> str:
     """Which colour the function has; raise if a transaction around its call would not be one around its work."""
-    if isinstance(function, staticmethod | classmethod | property):
-        raise ConfigurationError(
-            f"@transactional was put on a {type(function).__name__}. Put it below "
-            f"@{type(function).__name__}, next to the function."
-        )
-    if not callable(function):
-        raise ConfigurationError(f"@transactional decorates functions, not {function!r}.")
-    inner: Any = function
-    while isinstance(inner, partial):
-        inner = inner.func
-    call = inner if inspect.isroutine(inner) else type(inner).__call__
-    if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
-        raise ConfigurationError(
-            f"{title(function)} is a generator: calling it runs nothing yet, so the transaction would be over before "
-            "its first line. Use `with db.transaction():` inside of it, under @contextmanager, or return a list."
-        )
-    is_async = inspect.iscoroutinefunction(call)
+    is_async = refuse_undecoratable(function, "@transactional", "transaction", "with db.transaction():")
     if is_async and not source.is_async:
         raise ConfigurationError(
             f"{title(function)} is a coroutine function, and {source.name} is a sync database: it would block the "

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FrameType
 from typing import Any, TypeAlias
 
+from dbscope.errors import ConfigurationError
+
 # A line, as cheap as it gets: turning the instruction into a line number is left to whoever wants to read it,
 # and the frame itself is never kept, for it would keep its locals alive.
 Place: TypeAlias = tuple[CodeType, int]
@@ -20,7 +22,7 @@ running_loop = _events._get_running_loop  # the C function: get_running_loop() w
 thread_id = threading.get_ident
 
 # Frames of these packages are on the way between the user's line and ours.
-_BETWEEN = frozenset({"sqlalchemy", "sqlmodel", "dbscope", "contextlib", "asyncio", "concurrent", "threading", "runpy"})
+_BETWEEN = {"sqlalchemy", "sqlmodel", "dbscope", "contextlib", "asyncio", "concurrent", "threading", "runpy"}
 _between: dict[str, bool] = {}
 
 # A module inside one of them that sets this plays the user's part: an example that comes with the package, say.
@@ -30,7 +32,13 @@ _USERS_OWN = "__dbscope_user_code__"
 _STEP = _events.Handle._run.__code__
 
 
-def _is_between(frame: FrameType) -> bool:
+def pass_over(*packages: str) -> None:
+    """Take frames of these packages for machinery, too: an integration knows what stands between the user and it."""
+    _BETWEEN.update(packages)
+    _between.clear()  # some were judged before
+
+
+def is_between(frame: FrameType) -> bool:
     """Whether this frame belongs to the machinery rather than to the user, remembered by file name."""
     name = frame.f_code.co_filename
     if name.startswith("<"):  # generated code: many modules share the name
@@ -60,7 +68,7 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     while True:
         while frame is not None:
             # The dictionary first, and no call: between a user's line and a connection lie some fifteen frames.
-            if _between.get(frame.f_code.co_filename) is not True and not _is_between(frame):
+            if _between.get(frame.f_code.co_filename) is not True and not is_between(frame):
                 return frame
             frame = None if frame.f_code is _STEP else frame.f_back
         # Under AsyncSession the stack ends where its greenlet began; the user waits in the greenlet's parent.
@@ -122,11 +130,25 @@ def worker() -> Worker:
     return asyncio.current_task(loop) or thread_id()
 
 
+# Under gevent, which makes greenlets of threads by `monkey.patch_all()`: what is a thread here is a greenlet.
+GREENLETS = not isinstance(thread_id, BuiltinFunctionType)
+
+
 def is_over(who: Worker) -> bool:
     """Whether a task or thread has ended; under gevent nobody keeps a list of greenlets, and none is known to have."""
     if isinstance(who, int):
-        return isinstance(thread_id, BuiltinFunctionType) and all(t.ident != who for t in threading.enumerate())
+        return not GREENLETS and all(t.ident != who for t in threading.enumerate())
     return who.done()
+
+
+def refuse_late_patch() -> None:
+    """Raise where threads were made greenlets after this module was imported: some of them would be taken for one."""
+    raise ConfigurationError(
+        "threads were turned into greenlets after dbscope was imported: what is a thread of its own for gevent would "
+        "be one with all others here, and a greenlet that waits in a pool would stop them all.\n"
+        "Patch first: `from gevent import monkey; monkey.patch_all()` as the first lines of the program; for gunicorn "
+        "with --preload and gevent workers, of gunicorn.conf.py."
+    )
 
 
 # For whom a task or thread of dbscope's own ends something: who waits for it meanwhile.
@@ -155,6 +177,12 @@ def name_of(who: Worker | None) -> str:
                 return f"thread {thread.name!r}"
         return f"thread {who}"
     return f"task {who.get_name()!r}"
+
+
+def name_of_loop(loop: asyncio.AbstractEventLoop) -> str:
+    """An event loop, so that it can be told from others."""
+    state = "closed" if loop.is_closed() else "running" if loop.is_running() else "not running"
+    return f"the {state} {type(loop).__name__} at {id(loop):#x}"
 
 
 def ago(since: float) -> str:

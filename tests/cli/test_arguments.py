@@ -94,7 +94,7 @@ def test_every_mistake_is_documented():
     page = (Path(__file__).parent.parent.parent / "docs" / "demo.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in page.splitlines() if re.match(r"\| \d", line)]
     documented = {(int(row[1]), error) for row in rows for error in re.findall(r"`(\w+)`", row[4])}
-    assert documented == {(m.number, m.caught.__name__) for m in MISBEHAVIOURS}
+    assert documented == {(m.number, m.by) for m in MISBEHAVIOURS}
 
 
 def test_every_protection_can_be_turned_off():

@@ -15,6 +15,7 @@ from dbscope.cli.demo.books import ACCOUNTS, OPENING, Order  # noqa: E402
 from dbscope.cli.demo.load import Sent  # noqa: E402
 from dbscope.cli.demo.log import Answer  # noqa: E402
 from dbscope.cli.demo.misbehaviour import MISBEHAVIOURS  # noqa: E402
+from dbscope.guards import Found  # noqa: E402
 
 BALANCES = {**dict.fromkeys(ACCOUNTS, OPENING), "A01": OPENING - 500, "A02": OPENING + 500 + 70}
 TRANSFER, JOB, HUNG_UP = Order("r1", "A01", "A02", 500), Order("r2", None, "A02", 70), Order("r3", "A01", None, 1)
@@ -116,9 +117,33 @@ def test_what_disagrees_is_found(changes, expected):
 )
 def test_a_mistake_is_caught_by_its_name(errors, body, late, caught):
     """A mistake counts as caught if its error is the one that was to be raised, and the client was told so in time."""
-    made = next(m for m in MISBEHAVIOURS if m.late is late and m.caught.__name__ in ("OverlapError", "ScopeEndedError"))
+    made = next(m for m in MISBEHAVIOURS if m.late is late and m.by in ("OverlapError", "ScopeEndedError"))
     one = Sent("r1", "async", made.name, misbehaviour=made, status=200 if late else 500, body=body)
     answer = Answer("r1", "async", one.status, errors=errors, ended=True)
     found = audit(BOOKS, [one], {"r1": answer}, {}, ())
     assert [m.caught for m in found.mistakes if m.sent] == [caught]
     assert not found.holds
+
+
+IDLE = next(misbehaviour for misbehaviour in MISBEHAVIOURS if misbehaviour.guard == "idle_in_transaction")
+LINE = min(IDLE.lines) + 3
+
+
+@pytest.mark.parametrize(
+    ("guard", "line", "caught"),
+    [
+        ("idle_in_transaction", f"misbehaviour.py:{LINE}", 1),
+        ("idle_in_transaction", "misbehaviour.py:1", 0),
+        ("idle_in_transaction", f"endpoints.py:{LINE}", 0),
+        ("long_transaction", f"misbehaviour.py:{LINE}", 0),
+        (None, "", 0),
+    ],
+)
+def test_a_mistake_is_caught_by_its_guard_and_line(guard, line, caught):
+    """One that raises nothing counts as caught if its guard names a line of its handler."""
+    findings = [Found(guard=guard, message=f"scope 'x', taken at src/{line} 2 s ago")] if guard else []
+    one = Sent("r1", "sync", IDLE.name, misbehaviour=IDLE, status=200, body={})
+    found = audit(BOOKS, [one], {"r1": Answer("r1", "sync", 200, ended=True)}, {}, (), findings)
+    row = next(mistake for mistake in found.mistakes if mistake.sent)
+    assert (row.by, row.caught) == ("idle_in_transaction", caught)
+    assert row.line == (line if caught else "")

@@ -65,9 +65,14 @@ def test_the_books_hold(driver, env, tmp_path, request):
     done = demo("--json", "--requests", "150", *chosen, env=env)
     said = told(done)
     assert (done.returncode, done.stderr, said["ok"]) == (0, "", True), [broken(said), not_caught(said), done.stderr]
-    assert len(said["misbehaviours"]) >= 17
+    assert len(said["misbehaviours"]) >= 23
+    assert {"pool_exhausted", "idle_in_transaction", "begun_by_read", "sync_on_loop"} <= {
+        mistake["by"] for mistake in said["misbehaviours"]
+    }
     for mistake in said["misbehaviours"]:
         assert 0 < mistake["sent"] == mistake["caught"], mistake
+        if mistake["by"] != "IntegrityError":  # of the COMMIT, which no handler calls
+            assert re.fullmatch(r"misbehaviour\.py:\d+", mistake["line"]), mistake
         if hasattr(dbscope, mistake["by"]):  # one of ours: it names the handler's line
             assert re.search(r"(misbehaviour|books|doors)\.py:\d+", mistake["example"]), mistake
     counts = said["counts"]
@@ -134,9 +139,10 @@ def test_unprotected_the_bank_loses_money(env):
 def test_a_pipe_gets_plain_lines(env):
     """What is not a terminal gets the progress and the audit as text, without colours and cursor movements."""
     done = demo(*SHORT, "--seconds", "30", env=env)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == "dbscope demo on sqlite, 12 clients"
+    assert "dbscope top" in lines[1]
     assert re.search(r"^ +\d+\.\d s: \d+ requests, \d+ commits, ", done.stdout, re.MULTILINE)
     assert re.match(r"The books hold. \d+ requests in ", lines[-1])
     assert "\033" not in done.stdout

@@ -49,6 +49,7 @@ def test_the_live_table():
     """It shows the progress, each door, what is open now, and the errors by name."""
     lines = shown(screen.live(FACTS))
     assert lines[0] == "dbscope demo on sqlite, 12 clients" + "7 of 15 s".rjust(46)
+    assert lines[2] == "Who holds what, right now: dbscope top, in another terminal"
     text = "\n".join(" ".join(line.split()) for line in lines)
     for line in (
         "ASGI, on the loop 3 400 2 50",
@@ -69,7 +70,7 @@ def test_the_live_table_fits_a_small_terminal():
     lines = shown(screen.live(replace(FACTS, doors=doors, errors=MANY, commits=9_999_999, scopes_seen=9_999_999)))
     assert len(lines) < 24
     assert max(map(len, lines)) <= 80
-    assert "and 17 others" in "\n".join(lines)
+    assert "and 18 others" in "\n".join(lines)
 
 
 def test_the_plain_line():
@@ -81,7 +82,10 @@ def test_the_plain_line():
 
 HELD = Audit(
     checks=(Check("connections are given back", "3 pools", ()),),
-    mistakes=(Caught(40, "forgets to commit", "UncommittedWritesError", 3, 3),),
+    mistakes=(
+        Caught(40, "forgets to commit", "UncommittedWritesError", 3, 3, line="misbehaviour.py:389"),
+        Caught(4, "waits in a transaction", "idle_in_transaction", 2, 2, line="misbehaviour.py:97"),
+    ),
 )
 FAILED = Audit(
     checks=(Check("connections are given back", "3 pools", tuple(f"fault {number}" for number in range(8))),),
@@ -97,7 +101,8 @@ def audited(audit: Audit, **options: bool) -> str:
 def test_an_audit_that_holds():
     """Each promise and each mistake has a line that says ok."""
     text = audited(HELD)
-    assert "ok 40 forgets to commit 3 3 UncommittedWritesError" in text
+    assert "ok 40 forgets to commit 3/3 UncommittedWritesError 389" in text
+    assert "ok 4 waits in a transaction 2/2 idle_in_transaction 97" in text
     assert "ok connections are given back 3 pools" in text
     assert "FAILED" not in text
     assert "The books hold. 1234 requests in 7.4 s" in "\n".join(shown(screen.verdict(FACTS, HELD)))
@@ -106,7 +111,7 @@ def test_an_audit_that_holds():
 def test_an_audit_that_fails():
     """What does not hold says FAILED, and the first faults are listed; all of them where asked for."""
     text = audited(FAILED)
-    assert "FAILED 40 forgets to commit 3 2 UncommittedWritesError" in text
+    assert "FAILED 40 forgets to commit 2/3 UncommittedWritesError" in text
     assert "FAILED connections are given back 3 pools" in text
     assert "connections are given back: 8 times not" in text
     assert "fault 4\nand 3 more" in text

@@ -5,7 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dbscope.cli.demo import arguments
+from dbscope.cli import doctor
+from dbscope.cli.demo import arguments as demo
+from dbscope.cli.top import arguments as top
 
 __all__ = ["main"]
 
@@ -18,7 +20,9 @@ def main(given: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="dbscope", description="Who holds which session, and who may end it.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    arguments.add_to(commands)
+    demo.add_to(commands)
+    top.add_to(commands)
+    doctor.add_to(commands)
     options = parser.parse_args(given)
     try:
         return int(options.run(options, options.parser))

@@ -12,9 +12,11 @@ from sqlalchemy import URL, create_engine, select
 from sqlalchemy.orm import Session
 
 from dbscope.cli.demo.books import ACCOUNTS, OPENING, Account, Entry, Job, Order, Payment, Receipt
+from dbscope.cli.demo.doors import DRY
 from dbscope.cli.demo.load import Sent
-from dbscope.cli.demo.log import Answer
+from dbscope.cli.demo.log import Answer, named_lines
 from dbscope.cli.demo.misbehaviour import MISBEHAVIOURS, Misbehaviour
+from dbscope.guards import Found
 
 __all__ = ["Audit", "Books", "Caught", "Check", "audit", "read_books"]
 
@@ -48,7 +50,8 @@ class Caught:
     by: str
     sent: int
     caught: int
-    example: str = ""  # what one of the errors says
+    example: str = ""  # what one of the errors, or the guard, says
+    line: str = ""  # of the handler
 
     @property
     def holds(self) -> bool:
@@ -87,7 +90,12 @@ def read_books(url: URL) -> Books:
 
 
 def audit(
-    books: Books, sent: Sequence[Sent], answers: Mapping[str, Answer], held: Mapping[str, int], scopes: Sequence[Any]
+    books: Books,
+    sent: Sequence[Sent],
+    answers: Mapping[str, Answer],
+    held: Mapping[str, int],
+    scopes: Sequence[Any],
+    findings: Sequence[Found] = (),
 ) -> Audit:
     """Compare everything with everything.
 
@@ -97,6 +105,7 @@ def audit(
         answers: what the server says.
         held: by pool, the connections that nobody gave back.
         scopes: those that are still open.
+        findings: what the guards have found.
     """
     orders = sum(one.order is not None for one in sent)
     booked = sum(one.status == 201 for one in sent)
@@ -114,7 +123,7 @@ def audit(
         _check("connections are given back", f"{len(held)} pools", _held(held)),
         _check("no scope is left open", "all of the process", (f"{work!r}" for work in scopes)),
     )
-    return Audit(checks, tuple(_caught(m, sent, answers) for m in MISBEHAVIOURS))
+    return Audit(checks, tuple(_caught(m, sent, answers, findings) for m in MISBEHAVIOURS))
 
 
 def _check(promise: str, checked: str, faults: Iterable[str]) -> Check:
@@ -271,12 +280,34 @@ def _held(held: Mapping[str, int]) -> Iterator[str]:
             yield f"{count} connections of the pool {name!r} were never given back"
 
 
-def _caught(misbehaviour: Misbehaviour, sent: Sequence[Sent], answers: Mapping[str, Answer]) -> Caught:
-    name = misbehaviour.caught.__name__
+def _caught(
+    misbehaviour: Misbehaviour, sent: Sequence[Sent], answers: Mapping[str, Answer], findings: Sequence[Found]
+) -> Caught:
     made = [one for one in sent if one.misbehaviour is misbehaviour]
-    caught = [one for one in made if (a := answers.get(one.id)) is not None and _right(one, a, name)]
-    example = answers[caught[0].id].message if caught else ""
-    return Caught(misbehaviour.number, misbehaviour.mistake, name, len(made), len(caught), example)
+    if misbehaviour.guard:
+        told = [fact for fact in findings if fact.guard == misbehaviour.guard and _is_about(misbehaviour, fact)]
+        example, line = next(((f.message, lines[-1]) for f in told if (lines := _lines(misbehaviour, f))), ("", ""))
+        count = len(made) if misbehaviour.once and told else min(len(told), len(made))
+        return _row(misbehaviour, made, count, example, line)
+    caught = [one for one in made if (a := answers.get(one.id)) is not None and _right(one, a, misbehaviour.by)]
+    first = answers[caught[0].id] if caught else Answer("", "")
+    return _row(misbehaviour, made, len(caught), first.message, first.line)
+
+
+def _row(misbehaviour: Misbehaviour, made: Sequence[Sent], caught: int, example: str, line: str) -> Caught:
+    return Caught(misbehaviour.number, misbehaviour.mistake, misbehaviour.by, len(made), caught, example, line)
+
+
+def _is_about(misbehaviour: Misbehaviour, fact: Found) -> bool:
+    """Whether a finding is about one of this mistake's requests."""
+    if getattr(fact.database, "name", "") == DRY:  # which serves nobody else
+        return True  # and whoever held its connection may have given it back in the meantime
+    return bool(_lines(misbehaviour, fact))
+
+
+def _lines(misbehaviour: Misbehaviour, fact: Found) -> list[str]:
+    """The lines of this mistake's handler that a finding names."""
+    return [line for line in named_lines(fact.message) if int(line.rpartition(":")[2]) in misbehaviour.lines]
 
 
 def _right(one: Sent, answer: Answer, name: str) -> bool:

@@ -20,6 +20,7 @@ class Bank:
         self.db = doors.db
         self.adb = doors.adb
         self.narrow = doors.narrow
+        self.dry = doors.dry
         self.scope = doors.scope
         self.log = ServerLog()
         self.watch = Watch(doors)

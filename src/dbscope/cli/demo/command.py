@@ -19,16 +19,19 @@ from rich.text import Text
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from dbscope import DBScopeError
+from dbscope import DBScopeError, guards
 from dbscope.cli.demo import screen, unprotected
 from dbscope.cli.demo.audit import Audit, audit, read_books
 from dbscope.cli.demo.bank import Bank
 from dbscope.cli.demo.doors import Doors, open_doors
 from dbscope.cli.demo.facts import Snapshot, snapshot
 from dbscope.cli.demo.load import Load
+from dbscope.cli.demo.misbehaviour import BUDGET
 from dbscope.cli.demo.service import Service
 from dbscope.cli.demo.watch import open_scopes
 from dbscope.cli.demo.without import PROTECTIONS
+from dbscope.events import observe
+from dbscope.guards import Found, budgets
 
 __all__ = ["CannotRun", "run"]
 
@@ -90,6 +93,7 @@ def _load_and_audit(options: argparse.Namespace, console: Console, folder: Path)
             stack.enter_context(protection.off())
         bank = Bank(_doors(options, urls))
         stack.enter_context(_warnings_to(bank))
+        stack.enter_context(_guards_tell(bank))
         service = Service(bank)
         stack.callback(service.dispose)
         with service:
@@ -97,7 +101,8 @@ def _load_and_audit(options: argparse.Namespace, console: Console, folder: Path)
             title = f"dbscope demo on {urls[0].get_backend_name()}, {options.clients} clients{_off(options)}"
             asyncio.run(_show(load, bank, console, title))
         facts = snapshot(title, bank, load)
-        return facts, audit(read_books(urls[0]), load.sent, bank.log.answers, service.held, open_scopes())
+        found = [*bank.watch.findings]
+        return facts, audit(read_books(urls[0]), load.sent, bank.log.answers, service.held, open_scopes(), found)
 
 
 def _doors(options: argparse.Namespace, urls: tuple[URL, URL]) -> Doors:
@@ -121,6 +126,7 @@ async def _show(load: Load, bank: Bank, console: Console, title: str) -> None:
     shown = 0
     if not (moving or quiet):
         console.print(title, soft_wrap=True)
+        console.print(screen.HINT, soft_wrap=True)
     with Live(console=console, auto_refresh=False, transient=True) if moving else ExitStack() as display:
         while not running.done():
             await asyncio.wait([running], timeout=FRAME)
@@ -181,3 +187,16 @@ def _warnings_to(bank: Bank) -> Iterator[None]:
         warnings.simplefilter("always")
         warnings.showwarning = bank.watch.warned
         yield
+
+
+@contextmanager
+def _guards_tell(bank: Bank) -> Iterator[None]:
+    """Note what the guards find, by a budget that fits a short run."""
+    before = budgets._budget
+    stop = observe(bank.watch.found, Found)
+    guards.configure(budget=BUDGET)
+    try:
+        yield
+    finally:
+        stop()
+        guards.configure(budget=before)

@@ -17,6 +17,8 @@ __all__ = ["PATIENCE", "Doors", "open_doors"]
 __dbscope_user_code__ = True  # errors name its lines, as they would those of a user's
 
 SPARE = 10  # connections: for the job handler, the workers, and mistakes that need two
+DRY = "the safe"  # the name of the database whose pool runs dry
+IMPATIENCE = 0.2  # seconds to wait for a connection of the pool that runs dry
 PATIENCE = 30.0  # seconds to wait for SQLite's write lock: one writer at a time, and the load does not let up
 
 
@@ -27,6 +29,7 @@ class Doors:
     db: Database[Session]
     adb: AsyncDatabase[AsyncSession]
     narrow: Database[Session]  # with a pool of one connection
+    dry: Database[Session]  # the same, and little patience
     scope: Callable[[str], Scope]
     wsgi: Callable[..., Any]  # the middleware: called with an application and what to commit
     asgi: Callable[..., Any]
@@ -35,7 +38,8 @@ class Doors:
     @property
     def engines(self) -> dict[str, Engine]:
         """The engines, the async one's sync side."""
-        return {"sync": self.db.engine, "async": self.adb.engine.sync_engine, "of one": self.narrow.engine}
+        of_one = {"of one": self.narrow.engine, "dry": self.dry.engine}
+        return {"sync": self.db.engine, "async": self.adb.engine.sync_engine, **of_one}
 
 
 def open_doors(
@@ -61,6 +65,7 @@ def open_doors(
         db=db,
         adb=AsyncDatabase(async_url, name="the bank (async)", **options),
         narrow=Database(create_engine(sync_url, pool_size=1, max_overflow=0), name="the vault"),
+        dry=Database(create_engine(sync_url, pool_size=1, max_overflow=0, pool_timeout=IMPATIENCE), name=DRY),
         scope=scope,
         wsgi=wsgi or WSGIMiddleware,
         asgi=asgi or ASGIMiddleware,

@@ -1,11 +1,16 @@
 """What the server says: one answer for each request, with the errors that came up, by name."""
 
 import asyncio
+import os
+import re
 import threading
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
-__all__ = ["Answer", "ServerLog", "name_of", "text_of"]
+__all__ = ["Answer", "ServerLog", "line_of", "name_of", "named_lines", "text_of"]
+
+HANDLERS = "misbehaviour.py"
 
 
 def name_of(error: BaseException) -> str:
@@ -16,6 +21,18 @@ def name_of(error: BaseException) -> str:
 def text_of(error: BaseException) -> str:
     """The first line of what an error says."""
     return str(_inner(error)).partition("\n")[0]
+
+
+def line_of(error: BaseException) -> str:
+    """The line of the handler that an error came from, or else the one it names; empty where it is in neither."""
+    frames = traceback.extract_tb(_inner(error).__traceback__)
+    found = [f"{HANDLERS}:{frame.lineno}" for frame in frames if frame.filename.endswith(f"demo{os.sep}{HANDLERS}")]
+    return (found or named_lines(str(_inner(error))) or [""])[-1]
+
+
+def named_lines(message: str) -> list[str]:
+    """The lines of the handlers that a message names."""
+    return re.findall(rf"\b{re.escape(HANDLERS)}:\d+", message)
 
 
 def _inner(error: BaseException) -> BaseException:
@@ -33,6 +50,7 @@ class Answer:
     status: int | None = None  # until the response starts
     errors: list[str] = field(default_factory=list)  # those from after the start of the response included
     message: str = ""  # what the first of them says
+    line: str = ""  # where it came from
     ended: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)  # set, on the loop, when the response is through
 
@@ -60,6 +78,7 @@ class ServerLog:
             answer = self.answers[id]
             answer.errors.append(name_of(error))
             answer.message = answer.message or text_of(error)
+            answer.line = answer.line or line_of(error)
             self.errors[name_of(error)] += 1
 
     def ended(self, answer: Answer) -> None:

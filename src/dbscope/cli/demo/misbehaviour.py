@@ -5,7 +5,9 @@ would the client be told, and what would be in the database? The audit asks the 
 """
 
 import asyncio
+import inspect
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,11 +39,13 @@ if TYPE_CHECKING:
 
     from dbscope.cli.demo.bank import Bank
 
-__all__ = ["MISBEHAVIOURS", "Misbehaviour"]
+__all__ = ["BUDGET", "MISBEHAVIOURS", "Misbehaviour"]
 
 __dbscope_user_code__ = True  # errors name the lines of these functions, as they would a user's
 
 SLOW = 0.05  # seconds that a partner's answer may take
+BUDGET = 0.5  # seconds that a transaction may be idle here, instead of five: the demo is short
+THINKING = 3 * BUDGET
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,25 @@ class Misbehaviour:
     number: int  # of the failure: docs/demo.md lists them
     name: str  # of the endpoint
     mistake: str  # in a few words
-    caught: type[Exception]  # what has to be raised, at the request or later
+    caught: type[Exception] | None  # what has to be raised, at the request or later; None where a guard sees it
     in_thread: Sync | None = None
     on_loop: Async | None = None
     behind: Behind = "a scope"
     late: bool = False  # the response has started by then
+    guard: str = ""  # which has to name it, if one has
+    once: bool = False  # the guard tells of each line once
+
+    @property
+    def by(self) -> str:
+        """By what it is caught."""
+        return self.guard or getattr(self.caught, "__name__", "")
+
+    @property
+    def lines(self) -> set[int]:
+        """Those of the handler, in this file."""
+        handlers = [handler for handler in (self.in_thread, self.on_loop) if handler is not None]
+        found = [inspect.getsourcelines(handler) for handler in handlers]
+        return {first + number for source, first in found for number in range(len(source))}
 
     @property
     def endpoint(self) -> Endpoint:
@@ -72,6 +90,21 @@ def payment_of(request: Request) -> Payment:
     """A row for it, without the bookkeeping."""
     order = order_of(request)
     return Payment(id=order.id, payer=order.payer, payee=order.payee, amount=order.amount)
+
+
+# -- 1: a pool whose connections somebody holds -------------------------------------------------------------------
+
+
+def dry(bank: "Bank", request: Request) -> Reply:
+    """Holds the pool's only connection, and has a thread look something up, which needs one, too."""
+
+    def look_up() -> list[str]:
+        with bank.dry.reader() as session:
+            return [*session.scalars(select(Account.id))]
+
+    with bank.dry.reader() as session, ThreadPoolExecutor(1, thread_name_prefix="look-up") as threads:
+        session.scalars(select(Account.balance)).all()
+        return Reply(body={"accounts": threads.submit(look_up).result()})
 
 
 # -- 3: a stream on the request's session ------------------------------------------------------------------------
@@ -99,6 +132,25 @@ async def astream_on(bank: "Bank", request: Request) -> Reply:
             yield f"{account.id},{account.balance}\n"
 
     return Reply(stream=lines())
+
+
+# -- 4: a transaction that waits for somebody else ----------------------------------------------------------------
+
+
+def idle(bank: "Bank", request: Request) -> Reply:
+    """Keeps its transaction open while a slow partner thinks."""
+    with bank.db.reader() as session:
+        found = session.scalars(select(Account.id)).all()
+        time.sleep(THINKING)  # the partner
+    return Reply(body={"accounts": [*found]})
+
+
+async def aidle(bank: "Bank", request: Request) -> Reply:
+    """The same on the loop."""
+    async with bank.adb.reader() as session:
+        found = (await session.scalars(select(Account.id))).all()
+        await asyncio.sleep(THINKING)  # the partner
+    return Reply(body={"accounts": [*found]})
 
 
 # -- 5: a commit that fails after the handler --------------------------------------------------------------------
@@ -233,6 +285,17 @@ async def never_closed(bank: "Bank", request: Request) -> Reply:
         await session.flush()
         raise Refused("the body fails")
     return Reply(201, {"booked": request.id})
+
+
+# -- 18: a read after the commit -----------------------------------------------------------------------------------
+
+
+def read_after_commit(bank: "Bank", request: Request) -> Reply:
+    """The commit has expired what it reads then, and so begins a transaction that nobody ends."""
+    session = bank.db.session()
+    account = session.get_one(Account, ACCOUNTS[0])
+    session.commit()
+    return Reply(body={"accounts": [account.id]})
 
 
 # -- 19: a helper that commits its caller's work -----------------------------------------------------------------
@@ -393,8 +456,20 @@ async def aforgotten(bank: "Bank", request: Request) -> Reply:
     return Reply(201, {"booked": request.id})
 
 
+# -- 42: a sync session on the loop ------------------------------------------------------------------------------
+
+
+async def blocks_the_loop(bank: "Bank", request: Request) -> Reply:
+    """While its sync session waits, no other request of the loop goes on."""
+    with bank.scope("blocks the loop"), bank.db.reader() as session:
+        found = statement(session, ACCOUNTS[0])
+    return Reply(body={"accounts": [found]})
+
+
 MISBEHAVIOURS = (
+    Misbehaviour(1, "dry", "holds a pool's connections", None, dry, guard="pool_exhausted"),
     Misbehaviour(3, "stream", "streams on a dead session", ScopeEndedError, stream_on, astream_on, late=True),
+    Misbehaviour(4, "idle", "waits in a transaction", None, idle, aidle, guard="idle_in_transaction"),
     Misbehaviour(
         *(5, "bad-commit", "fails when it commits", IntegrityError, bad_commit, abad_commit),
         behind="an on-success scope",
@@ -406,6 +481,7 @@ MISBEHAVIOURS = (
     Misbehaviour(9, "background", "leaves its session to a task", ScopeEndedError, on_loop=background, late=True),
     Misbehaviour(10, "pulled", "pulls a generator by hand", ScopeMisuseError, pulled_by_hand),
     Misbehaviour(11, "never-closed", "never closes its generator", ScopeMisuseError, on_loop=never_closed),
+    Misbehaviour(18, "reads-on", "reads after its commit", None, read_after_commit, guard="begun_by_read"),
     Misbehaviour(19, "helper-commits", "has a helper commit", NotTheOwnerError, helper_commits),
     Misbehaviour(19, "helper-says", "has a helper say COMMIT", NotTheOwnerError, on_loop=helper_says_commit),
     Misbehaviour(19, "helper-owns", "has a helper take over", TransactionInProgress, helper_owns),
@@ -419,4 +495,5 @@ MISBEHAVIOURS = (
     Misbehaviour(28, "swallowed", "swallows a helper's failure", RollbackOnlyError, swallowed, aswallowed),
     Misbehaviour(39, "own-engine", "makes an engine of its own", ConfigurationError, own_engine),
     Misbehaviour(40, "forgotten", "forgets to commit", UncommittedWritesError, forgotten, aforgotten),
+    Misbehaviour(42, "blocks", "blocks the loop", None, on_loop=blocks_the_loop, guard="sync_on_loop", once=True),
 )

@@ -10,10 +10,11 @@ from rich.text import Text
 from dbscope.cli.demo.audit import Audit
 from dbscope.cli.demo.facts import Snapshot
 
-__all__ = ["findings", "live", "plain", "verdict"]
+__all__ = ["HINT", "findings", "live", "plain", "verdict"]
 
 FAULTS = 5  # of each promise are shown, unless all are asked for
-ERRORS = 14  # names
+ERRORS = 13  # names
+HINT = "Who holds what, right now: dbscope top, in another terminal"
 
 
 def live(facts: Snapshot) -> RenderableType:
@@ -22,7 +23,8 @@ def live(facts: Snapshot) -> RenderableType:
     head.add_column(no_wrap=True)
     head.add_column(justify="right", no_wrap=True)
     head.add_row(Text(facts.title, style="bold"), f"{facts.elapsed:.0f} of {facts.seconds:.0f} s")
-    return Group(head, ProgressBar(total=1.0, completed=facts.done), "", _doors(facts), "", _state(facts))
+    bar, hint = ProgressBar(total=1.0, completed=facts.done), Text(HINT, style="dim")
+    return Group(head, bar, "", hint, _doors(facts), "", _state(facts))  # the "" ends the bar's line
 
 
 def _doors(facts: Snapshot) -> Table:
@@ -92,12 +94,12 @@ def findings(audit: Audit, *, every: bool = False) -> Iterator[RenderableType]:
     mistakes.add_column("", min_width=6)
     mistakes.add_column("", justify="right")
     mistakes.add_column("a handler that...", no_wrap=True)
-    mistakes.add_column("sent", justify="right")
     mistakes.add_column("caught", justify="right")
     mistakes.add_column("by")
+    mistakes.add_column("line", justify="right")
     for mistake in audit.mistakes:
-        counts = str(mistake.sent), str(mistake.caught)
-        mistakes.add_row(_verdict(mistake.holds), str(mistake.number), mistake.mistake, *counts, mistake.by)
+        what = str(mistake.number), mistake.mistake, f"{mistake.caught}/{mistake.sent}", mistake.by
+        mistakes.add_row(_verdict(mistake.holds), *what, mistake.line.rpartition(":")[2])
     yield mistakes
     if every:
         for mistake in audit.mistakes:

@@ -82,8 +82,9 @@ class Service:
 
     def dispose(self) -> None:
         """Close the pools, and drop the tables."""
-        self.bank.narrow.dispose()
-        self.bank.narrow.engine.dispose()
+        for database in (self.bank.narrow, self.bank.dry):
+            database.dispose()
+            database.engine.dispose()
         self.bank.db.dispose()
         gc.collect()  # without dbscope connections are given back when their last user is collected, if at all
         engine = create_engine(self.bank.db.engine.url)

@@ -171,6 +171,7 @@ def open_doors(urls: tuple[URL, URL]) -> Doors:
         db=cast("Any", db),
         adb=cast("Any", adb),
         narrow=cast("Any", ThreadLocal(sync_url, pool_size=1, max_overflow=0)),
+        dry=cast("Any", ThreadLocal(sync_url, pool_size=1, max_overflow=0)),
         scope=cast("Any", NoScope),
         wsgi=wsgi,
         asgi=asgi,

@@ -9,6 +9,7 @@ from sqlalchemy import Engine, event
 
 from dbscope import Scope, current_scope
 from dbscope.cli.demo.doors import Doors
+from dbscope.guards import Found
 
 __all__ = ["Watch", "open_scopes"]
 
@@ -22,6 +23,7 @@ class Watch:
         self.commits = 0
         self.rollbacks = 0
         self.failures: Counter[str] = Counter()  # of the job handler and the workers, and warnings: by name
+        self.findings: list[Found] = []
         self._open: list[Scope] = []
         self._lock = threading.Lock()
         for engine in doors.engines.values():
@@ -44,7 +46,7 @@ class Watch:
 
     def sessions(self) -> int:
         """How many sessions they have."""
-        databases = (self.doors.db, self.doors.adb, self.doors.narrow)
+        databases = (self.doors.db, self.doors.adb, self.doors.narrow, self.doors.dry)
         return sum(work.has(database) for work in self.open() for database in databases)
 
     def connections(self) -> dict[str, int]:
@@ -55,6 +57,11 @@ class Watch:
         """Stands for `warnings.showwarning`."""
         with self._lock:
             self.failures[category.__name__] += 1
+
+    def found(self, fact: Found) -> None:
+        """A guard has found something."""
+        with self._lock:
+            self.findings.append(fact)
 
     def failed(self, name: str) -> None:
         """Work that is no request has failed."""

@@ -1,0 +1,1 @@
+"""What the guards find, at which level."""

@@ -1,0 +1,1 @@
+"""What this process holds, as it is shown."""
