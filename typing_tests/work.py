@@ -37,6 +37,12 @@ adb = AsyncDatabase("sqlite+aiosqlite://")
 # Scopes: one class, entered in either colour.
 
 
+@scope(commit="on-success")
+def shrink(id: int) -> str:
+    """A decorated function keeps its types."""
+    return str(id)
+
+
 def scopes() -> None:
     """`with` yields the scope."""
     with scope("report") as work, scope():
@@ -44,6 +50,8 @@ def scopes() -> None:
         assert_type(work.ended, bool)
     with scope("import", commit="on-success") as work:
         assert_type(work.finish(veto=True), None)
+    decorated = scope("shrink")(shrink)
+    assert_type(decorated(7), str)
     assert_type(current_scope(), Scope | None)
     assert_type(begin_scope(17, commit="on-success"), Scope)
     assert_type(end_scope(17), None)

@@ -11,14 +11,16 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import create_engine, event, orm, select, text
+from sqlalchemy import NullPool, create_engine, event, orm, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 from sqlalchemy.orm import Session, sessionmaker
 
 from dbscope import Database, Loop, scope
 from dbscope.compat import RequestSessions, check_database_connection, scoped_session
+from dbscope.integrations import asgi, wsgi
 from tests.compat.conftest import Payment, in_thread
 from tests.support import needs
+from tests.support.web import call_asgi, call_wsgi, environ, http_scope
 
 ROLLED_BACK = "Database transaction rolled back due to inactive session transaction or invalid connection"
 
@@ -288,6 +290,37 @@ def test_statement_25_the_job_handlers_loop(model, engine, caplog):
     assert len(model.session.scalars(select(Payment)).all()) == 2
 
 
+def test_statement_25_the_loop_outlives_the_servers_connections(postgres_url):
+    """The server ends a connection in the middle of a pass: that one fails, and the next has a session that works."""
+    engine, outside = create_engine(postgres_url), create_engine(postgres_url, poolclass=NullPool)
+    model = RequestSessions(sessionmaker(engine))
+    found = []
+
+    def end_connection():
+        pid = model.session.scalar(text("SELECT pg_backend_pid()"))
+        with outside.connect() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+
+    def passes(work):
+        request_id = str(uuid.uuid4())
+        model.set_request_id(request_id)
+        try:
+            check_database_connection(model.session)
+            work()
+            found.append(model.session.scalar(text("SELECT 42")))
+        except OperationalError:
+            found.append("the server has gone")
+        finally:
+            model.unset_request_id(request_id)
+
+    for work in (lambda: None, end_connection, lambda: None):
+        passes(work)
+        assert sessions(model) == {}
+        assert engine.pool.checkedout() == 0
+    assert found == [42, "the server has gone", 42]
+    engine.dispose()
+
+
 def test_statement_25_dbscopes_own_loop(engine, caplog):
     """A pass of `dbscope.Loop` that corrupts its session is logged, and the next one has a new session."""
     db = Database(engine)
@@ -414,6 +447,95 @@ async def test_statement_26_concurrent_asgi_requests(model, engine, endpoint, fa
         assert sessions(model) == {beside.thread.ident: beside.session}
         assert engine.pool.checkedout() == 1
     assert sessions(model) == {}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "error"])
+def test_statement_26_wsgi_requests_under_the_middleware(model, engine, fails):
+    """Nobody sets an id: the scope of a request is one, for ten at once; the registry is empty before and after."""
+    barrier = threading.Barrier(10)
+    found = []
+
+    def app(environ, start_response):
+        session = model.session()
+        session.execute(text("SELECT 1"))
+        found.append(session)
+        barrier.wait(30)
+        assert model.session() is session
+        if fails:
+            raise KeyError("the application's")
+        start_response("200 OK", [])
+        return []
+
+    wrapped = wsgi.ScopeMiddleware(app)
+    with Beside(model) as beside:
+        with ThreadPoolExecutor(10) as threads:
+            answers = [*threads.map(lambda _: call_wsgi(wrapped, environ()), range(10))]
+        assert [type(answer.error) for answer in answers] == [KeyError if fails else type(None)] * 10
+        assert len(set(map(id, found))) == 10
+        assert sessions(model) == {beside.thread.ident: beside.session}
+        assert engine.pool.checkedout() == 1
+    assert sessions(model) == {}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "error"])
+@pytest.mark.parametrize("endpoint", ["async", "in a worker thread"])
+async def test_statement_26_asgi_requests_under_the_middleware(model, engine, endpoint, fails):
+    """The same, with async and with sync endpoints."""
+    loop_barrier, barrier = asyncio.Barrier(10), threading.Barrier(10)
+    found = []
+
+    def work():
+        session = model.session()
+        session.execute(text("SELECT 1"))
+        found.append(session)
+        return session
+
+    def synchronous():
+        session = work()
+        barrier.wait(30)
+        assert model.session() is session
+
+    async def app(request, receive, send):
+        if endpoint == "async":
+            session = work()
+            await loop_barrier.wait()
+            assert model.session() is session
+        else:
+            context = contextvars.copy_context()
+            await asyncio.get_running_loop().run_in_executor(threads, context.run, synchronous)
+        if fails:
+            raise KeyError("the endpoint's")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    wrapped = asgi.ScopeMiddleware(app)
+    with Beside(model) as beside, ThreadPoolExecutor(10) as threads:
+        answers = await asyncio.gather(*(call_asgi(wrapped, http_scope()) for _ in range(10)))
+        assert [type(answer.error) for answer in answers] == [KeyError if fails else type(None)] * 10
+        assert len(set(map(id, found))) == 10
+        assert sessions(model) == {beside.thread.ident: beside.session}
+        assert engine.pool.checkedout() == 1
+    assert sessions(model) == {}
+
+
+def test_statement_26_a_scope_and_an_id_inside_of_each_other(model):
+    """The inner one has the session, and leaving it gives the outer's back; a falsy id is the thread's all the same."""
+    thread = model.session()
+    with scope("task"):
+        task = model.session()
+        model.set_request_id("request")
+        request = model.session()
+        with scope("inner"):
+            inner = model.session()
+        assert model.session() is request
+        model.unset_request_id("request")
+        assert model.session() is task
+        model.set_request_id(None)
+        assert model.session() is thread
+        model.unset_request_id(None)
+    assert model.session() is thread
+    assert len({thread, task, request, inner}) == 4
+    assert list(sessions(model).values()) == [thread]
 
 
 class Beside:

@@ -22,8 +22,32 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
-# Pages whose examples are test files of a user's: tests/test_pytest_plugin.py runs them in suites of their own.
-SUITES = {"docs/how-to/tests.md"}
+# Pages whose examples are files of a user's, which tests/test_pytest_plugin.py, test_write_your_own.py and
+# tests/integrations/test_queue_recipes.py run.
+SUITES = {"docs/how-to/tests.md", "docs/how-to/write-your-own.md", "docs/how-to/arq.md", "docs/how-to/rq.md"}
+
+# Pages about a framework that is none of dbscope's extras.
+OF_OTHERS = {
+    "aiohttp.md": ("aiohttp",),
+    "apscheduler.md": ("apscheduler",),
+    "dramatiq.md": ("dramatiq",),
+    "litestar.md": ("litestar", "httpx"),
+    "pyramid.md": ("pyramid.config", "pyramid_tm", "zope.sqlalchemy"),
+    "quart.md": ("quart",),
+    "taskiq.md": ("taskiq",),
+    "tornado.md": ("tornado",),
+}
+
+# Extras whose integrations the pages import, and the package of each.
+FRAMEWORKS = {
+    "flask": "flask",
+    "click": "click",
+    "typer": "typer",
+    "ipython": "IPython",
+    "celery": "celery",
+    "prometheus": "prometheus_client",
+    "structlog": "structlog",
+}
 
 
 class Example(NamedTuple):
@@ -54,12 +78,22 @@ def test_examples_run(page, tmp_path, monkeypatch, request):
     if any("AsyncDatabase" in example.code for example in found):
         needs.module("greenlet", extra="async")
         needs.module("aiosqlite", extra="aiosqlite")
-    if any("dbscope.integrations.flask" in example.code for example in found):
-        needs.module("flask", extra="flask")
+    for extra, package in FRAMEWORKS.items():
+        if any(f"dbscope.integrations.{extra}" in example.code for example in found):
+            needs.module(package, extra=extra)
+            monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    if any("import FastAPI" in example.code or "FastAPI," in example.code for example in found):
+        needs.module("fastapi", extra="fastapi")
+        needs.module("httpx", extra="demo")
+    for framework in OF_OTHERS.get(page.name, ()):
+        needs.package(framework)
     if any("DATABASE_URL" in example.code for example in found):
         monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_url"))
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
+    # Frameworks look for the file that a function comes from; a worker of xdist's has none.
+    (tmp_path / "example.py").write_text("\n".join(example.code for example in found))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "example.py"), raising=False)
     for example in found:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -95,8 +95,8 @@ async def test_a_request_without_database_needs_none(kit):
 
 
 @twice
-async def test_installed_twice_is_installed_once(kit):
-    """The inner one does nothing: one scope, one session, and what the outer one says about commits holds."""
+async def test_installed_twice_where_it_cannot_be_seen(kit):
+    """As in a mounted application: the inner one does nothing, and what the outer one says about commits holds."""
     scopes = []
 
     async def endpoint():
@@ -105,11 +105,33 @@ async def test_installed_twice_is_installed_once(kit):
         yield 201
         assert kit.count() == 1
 
+    def hidden(app):
+        return lambda *args: app(*args)
+
     module = wsgi if kit.colour == "sync" else asgi
-    twice_wrapped = module.ScopeMiddleware(wrapped(kit, endpoint), commit="on-success")
-    assert (await ask(kit, twice_wrapped)).error is None
-    assert (await ask(kit, module.ScopeMiddleware(twice_wrapped))).error is not None  # the outermost does not commit
+    wrapped_twice = module.ScopeMiddleware(hidden(wrapped(kit, endpoint)), commit="on-success")
+    assert (await ask(kit, wrapped_twice)).error is None
+    wrapped_again = module.ScopeMiddleware(hidden(wrapped_twice))
+    assert (await ask(kit, wrapped_again)).error is not None  # the outermost does not commit
     assert all(work._outer is None for work in scopes)
+
+
+@MIDDLEWARES
+def test_installed_twice_is_refused(module):
+    """Where it is put together: what it says about commits would not hold. Also with another middleware between."""
+
+    class Between:
+        def __init__(self, app):
+            self.app = app
+
+        def __call__(self, *args): ...
+
+    def app(*args): ...
+
+    inner = module.ScopeMiddleware(app)
+    for visible in (inner, Between(inner)):
+        with pytest.raises(ConfigurationError, match="has scopes already"):
+            module.ScopeMiddleware(visible)
 
 
 # -- who commits -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ dbscope's extras: there a missing extra is the point, in CI as well.
 
 import importlib
 import os
+import warnings
 from types import ModuleType
 from typing import NoReturn
 
@@ -48,3 +49,20 @@ def module(name: str, *, extra: str) -> ModuleType:
         if error.name != name.partition(".")[0]:
             raise
     missing_extra(extra)
+
+
+def package(name: str) -> ModuleType:
+    """Import a package of the development environment's, which is none of dbscope's extras, or skip naming it.
+
+    What the package's own imports are warned of is not ours to mend.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.partition(".")[0]):
+            raise
+    if NO_EXTRAS:
+        pytest.skip(f"needs {name}", allow_module_level=True)
+    missing(f"needs {name}")

@@ -30,9 +30,15 @@ def find_pgbouncer() -> str:
 
 
 class PgBouncer:
-    """A running pooler in front of the server of a URL, for one `with` block; each database gets one connection."""
+    """A running pooler in front of the server of a URL, for one `with` block.
 
-    def __init__(self, url: str) -> None:
+    Each database gets `pool_size` server connections; clients come from `address`'s networks.
+    """
+
+    def __init__(self, url: str, *, address: str = "127.0.0.1", pool_size: int = 1, mode: str = "transaction") -> None:
+        self._address = address
+        self._pool_size = pool_size
+        self._mode = mode
         self._program = find_pgbouncer()
         self._server = make_url(url)
         self.port = free_port()
@@ -48,8 +54,8 @@ class PgBouncer:
             os.chown(self._home, nobody.pw_uid, nobody.pw_gid)
         (self._home / "pgbouncer.ini").write_text(
             f"[databases]\n* = host={self._server.host} port={self._server.port} user=postgres\n"
-            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
-            "auth_type = any\npool_mode = transaction\ndefault_pool_size = 1\n"
+            f"[pgbouncer]\nlisten_addr = {self._address}\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"auth_type = any\npool_mode = {self._mode}\ndefault_pool_size = {self._pool_size}\n"
             "ignore_startup_parameters = extra_float_digits\n"
         )
         log = self._home / "log"

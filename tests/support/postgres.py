@@ -50,12 +50,15 @@ def find_bindir() -> Path:
 class Postgres:
     """A running server without data, for one `with` block; settings of postgresql.conf may be given by keyword.
 
+    With `remote` it serves the other hosts of this machine, too.
+
     PostgreSQL refuses to run as root, so under root it runs as `nobody`. Where `nobody` may not enter the folder of the
     binaries (a virtual environment in root's home), a copy is made elsewhere: 42 MB, half a second.
     """
 
-    def __init__(self, **settings: str) -> None:
-        self._settings = SETTINGS | settings
+    def __init__(self, *, remote: bool = False, **settings: str) -> None:
+        self._settings = SETTINGS | ({"listen_addresses": "*"} if remote else {}) | settings
+        self._remote = remote
         self._bindir = find_bindir()
         self._names = (f"test_{number}" for number in itertools.count(1))
         self._server: subprocess.Popen[bytes] | None = None
@@ -107,6 +110,9 @@ class Postgres:
         data, log = self._home / "data", self._home / "log"
         initdb = [*as_nobody, self._bindir / "initdb", "--username=postgres", "--auth=trust", "--no-sync"]
         subprocess.run([*initdb, "--encoding=UTF8", "--locale=C", "--pgdata", data], check=True, capture_output=True)
+        if self._remote:
+            with (data / "pg_hba.conf").open("a") as hba:
+                hba.write("host all all samenet trust\n")
         self._port = free_port()
         options = [f"--{name}={value}" for name, value in self._settings.items()]
         server = [*as_nobody, *with_us, self._bindir / "postgres", "-D", data, "-p", str(self._port), *options]

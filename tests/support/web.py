@@ -204,10 +204,10 @@ async def call_asgi(app: asgi.App, scope: dict[str, Any]) -> Answer:
 
 
 @contextlib.contextmanager
-def serve_asgi(app: asgi.App) -> Iterator[int]:
-    """Serve an ASGI application on uvicorn, in a thread; gives the port."""
+def serve_asgi(app: asgi.App, *, ws: Any = "none") -> Iterator[int]:
+    """Serve an ASGI application on uvicorn, in a thread; gives the port. `ws` is its implementation of websockets."""
     uvicorn = needs.module("uvicorn", extra="demo")
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", ws="none")
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", ws=ws)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="uvicorn")
     thread.start()
@@ -273,9 +273,9 @@ class Discard:
         """Nothing to do."""
 
 
-def fetch(port: int, path: str = "/", *, method: str = "GET") -> tuple[int, bytes]:
+def fetch(port: int, path: str = "/", *, method: str = "GET", host: str = "127.0.0.1") -> tuple[int, bytes]:
     """The status and body of a request over HTTP."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
+    connection = http.client.HTTPConnection(host, port, timeout=LIMIT)
     try:
         connection.request(method, path)
         response = connection.getresponse()
@@ -284,12 +284,12 @@ def fetch(port: int, path: str = "/", *, method: str = "GET") -> tuple[int, byte
         connection.close()
 
 
-def fetch_together(port: int, paths: Iterable[str]) -> dict[str, tuple[int, bytes]]:
+def fetch_together(port: int, paths: Iterable[str], *, host: str = "127.0.0.1") -> dict[str, tuple[int, bytes]]:
     """POST to all paths at the same time, each in a thread; returns status and body of each."""
     answers: dict[str, tuple[int, bytes]] = {}
 
     def client(path: str) -> None:
-        answers[path] = fetch(port, path, method="POST")
+        answers[path] = fetch(port, path, method="POST", host=host)
 
     threads = [threading.Thread(target=client, args=(path,)) for path in paths]
     for thread in threads:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dbscope.errors import ConfigurationError
-from dbscope.scope import _ENDED, _NEW, _NO_SESSIONS, _OPEN, Commit, PlacedScope
+from dbscope.scope import _NEW, _NO_SESSIONS, _OPEN, Commit, PlacedScope
 
 # Where a request's scope is kept, in its `environ` (WSGI) or connection scope (ASGI): a second middleware looks there.
 KEY = "dbscope.scope"
@@ -33,6 +33,25 @@ class Policy:
             raise ConfigurationError('a veto needs commit="on-success": without it no request is committed for you.')
         self.commit = commit
         self.veto = veto or _failed
+
+
+def refuse_twice(app: Any, middleware: type) -> None:
+    """Raise if the application that a middleware is given has one, as far as that can be seen.
+
+    Where it cannot (behind a function, in an application that is mounted), the inner one does nothing.
+    """
+    for _ in range(100):  # an object that has every attribute would never end
+        added = [getattr(each, "cls", None) for each in getattr(app, "user_middleware", ())]  # Starlette's
+        if isinstance(app, middleware) or middleware in added:
+            raise twice(app)
+        app = getattr(app, "app", None)
+        if app is None:
+            return
+
+
+def twice(app: object) -> ConfigurationError:
+    """The error for an application that has scopes already."""
+    return ConfigurationError(f"{app!r} has scopes already. Install one ScopeMiddleware, around the whole application.")
 
 
 def _failed(status: int) -> bool:
@@ -79,6 +98,11 @@ class RequestScope(PlacedScope):
         self._renamed = name
 
     @property
+    def tag(self) -> tuple[str | None, None]:
+        """The path, if it was not named: putting the name together takes longer than what else is done with it."""
+        return self._renamed or self._path, None
+
+    @property
     def ending(self) -> str:
         """What its end came with, as errors say it."""
         return " with the start of its response" if self._started else ""
@@ -96,7 +120,7 @@ class RequestScope(PlacedScope):
             return None
         if not self._sessions:
             self._started = True
-            self._state = _ENDED  # as `finish` would, for most requests of some applications
+            self._end_empty()  # as `finish` would, for most requests of some applications
             return None
         veto = self.commit is not None and self._policy.veto(int(status[:3] if isinstance(status, str) else status))
         self._started = True

@@ -3,8 +3,11 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto
+from dbscope.errors import ConfigurationError
+from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_twice
+from dbscope.integrations._starlette import refuse
 from dbscope.scope import Colour, Commit
+from dbscope.where import running_loop
 
 __all__ = ["ScopeMiddleware"]
 
@@ -25,23 +28,36 @@ class ScopeMiddleware:
     the handler of a websocket. Websockets, the lifespan and all messages pass through untouched.
 
     Args:
-        app: the application; where one of these is around it already, the inner one does nothing.
+        app: the application. In one that is mounted in another, and has its own, the inner one does nothing.
         commit: None, and the application commits by itself; `"on-success"`, and each request is one managed
             transaction for each database that it uses: committed if nothing was raised and the status is below 400.
         veto: with `"on-success"`, called with the status instead of comparing it with 400; true rolls back.
 
     Raises:
-        ConfigurationError: an option is not one of these.
+        ConfigurationError: an option is not one of these, or `app` is wrapped already. Where a framework makes it, and
+            for what is wrong with a Starlette or FastAPI application: when the server starts it.
 
     >>> async def app(scope, receive, send): ...
     >>> app = ScopeMiddleware(app, commit="on-success")
     """
 
     def __init__(self, app: App, commit: Commit = None, *, veto: Veto | None = None) -> None:
-        self.policy = Policy(app, commit, veto)
         self.app = app
+        self._checked = False
+        self._mistake: ConfigurationError | None = None
+        try:
+            self.policy = Policy(app, commit, veto)
+            refuse_twice(app, ScopeMiddleware)
+        except ConfigurationError as error:
+            if running_loop() is None:
+                raise
+            # A framework makes its middlewares when the server starts it, and servers take an exception there for an
+            # application that needs no start: they are told in their own words.
+            self._mistake = error
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if not self._checked:
+            await self._check(scope, receive, send)
         if scope["type"] != "http" or (KEY in scope and not scope[KEY].ended):
             await self.app(scope, receive, send)
             return
@@ -65,3 +81,16 @@ class ScopeMiddleware:
         finally:
             work.forget_request()
         work.suspend()
+
+    async def _check(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Refuse to start an application that could not work: at the lifespan; where there is none, at each request."""
+        try:
+            if self._mistake is not None:
+                raise self._mistake
+            refuse(scope.get("app"), ScopeMiddleware)
+        except ConfigurationError as error:
+            if scope["type"] == "lifespan":
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+            raise
+        self._checked = True

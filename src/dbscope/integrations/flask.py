@@ -8,16 +8,18 @@ from typing import Any, cast
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from dbscope.errors import ConfigurationError
+from dbscope.events import WorkFailed, tell_failed
 from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto
 from dbscope.integrations.wsgi import ScopeMiddleware
 from dbscope.scope import Commit, PlacedScope, Scope
 from dbscope.scope import _current as _current_scope
+from dbscope.where import Place
 
 try:
     import click
     from flask import Flask, request
     from flask.globals import app_ctx
-    from flask.signals import appcontext_pushed, request_started
+    from flask.signals import appcontext_pushed, got_request_exception
 except ImportError as error:
     raise ImportError(
         'scopes for Flask need Flask 3.0 or newer: pip install "dbscope[flask]"', name=error.name
@@ -65,15 +67,18 @@ class Scopes:
             ConfigurationError: this is no Flask application, has scopes already, or Flask is older than 3.0.
         """
         _check(app)
-        app.extensions["dbscope"] = self  # which keeps the receivers of the signals, too
-        # These three are documented as what to wrap, or override.
+        app.extensions["dbscope"] = self  # which keeps the receiver of the signal, too
+        # These are documented as what to wrap, or override.
         app.wsgi_app = ScopeMiddleware(_arriving(app.wsgi_app), self.commit, veto=self.veto)  # type: ignore[method-assign]
         # Around the whole, and not one more function in Flask's lists: the commit comes after the cookie of the session
         # is written, which may fail, and the release although somebody else's teardown function fails.
-        app.process_response = _then_commit(app.process_response)  # type: ignore[method-assign]
+        if self.commit is not None:
+            app.process_response = _then_commit(app.process_response)  # type: ignore[method-assign]
         app.do_teardown_appcontext = _then_end(app.do_teardown_appcontext)  # type: ignore[method-assign]
+        # Not by the signal that a request has started, which costs several times what the naming does.
+        app.preprocess_request = _named_first(app.preprocess_request)  # type: ignore[method-assign]
         appcontext_pushed.connect(self._enter, app)
-        request_started.connect(self._name, app)
+        got_request_exception.connect(_failed, app)
 
     def _enter(self, app: Flask, **_: Any) -> None:
         """Open the scope of the application context that was pushed, unless it works in one."""
@@ -84,13 +89,6 @@ class Scopes:
             return  # pushed again, by the work itself; or by its stream, which is told if it forgets its own scope
         context[KEY] = _arrived.get() or _ContextScope(app.name).__enter__()
         _arrived.set(None)
-
-    def _name(self, app: Flask, **_: Any) -> None:
-        """Name the request's scope, as soon as its route is known."""
-        _arrived.set(None)  # in a test, its application context may have been there before
-        work, rule = request.environ.get(KEY), request.url_rule
-        if isinstance(work, RequestScope) and rule is not None:
-            work.name = f"{request.method} {request.script_root}{rule.rule}"
 
 
 class _ContextScope(PlacedScope):
@@ -113,6 +111,17 @@ class _ContextScope(PlacedScope):
     def name(self, name: str | None) -> None:
         self._renamed = name
 
+    @property
+    def tag(self) -> tuple[str | None, Place | None]:
+        """The application's name, which is there."""
+        return self._renamed or self._app, self.place
+
+
+def _failed(app: Flask, *, exception: BaseException, **_: Any) -> None:
+    """Flask answers with a 500, and logs the error: it will not cross the middleware."""
+    if WorkFailed.observers:
+        tell_failed(exception)
+
 
 def _context() -> dict[str, Any]:
     """The attributes of the current application context: its scope is kept where it goes with it."""
@@ -130,6 +139,20 @@ def _arriving(app: WSGIApplication) -> WSGIApplication:
             _arrived.set(None)
 
     return wsgi_app
+
+
+def _named_first(preprocess_request: Callable[..., Any]) -> Callable[..., Any]:
+    """`Flask.preprocess_request`, which comes when the route is known; the request's scope is named by it before."""
+
+    def name_and_preprocess_request(*args: Any) -> Any:
+        _arrived.set(None)  # in a test, its application context may have been there before
+        found = cast("Any", request)._get_current_object()
+        work, rule = found.environ.get(KEY), found.url_rule
+        if rule is not None and isinstance(work, RequestScope):
+            work.name = f"{found.method} {found.script_root}{rule.rule}"
+        return preprocess_request(*args)
+
+    return name_and_preprocess_request
 
 
 def _then_commit(process_response: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto
+from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_twice
 from dbscope.scope import Colour, Commit
 
 __all__ = ["ScopeMiddleware"]
@@ -23,13 +23,13 @@ class ScopeMiddleware:
     runs later (a stream) opens a scope of its own.
 
     Args:
-        app: the application; where one of these is around it already, the inner one does nothing.
+        app: the application. Where one of these is hidden in it, the inner one does nothing.
         commit: None, and the application commits by itself; `"on-success"`, and each request is one managed
             transaction for each database that it uses: committed if nothing was raised and the status is below 400.
         veto: with `"on-success"`, called with the status instead of comparing it with 400; true rolls back.
 
     Raises:
-        ConfigurationError: an option is not one of these.
+        ConfigurationError: an option is not one of these, or `app` is wrapped already.
 
     >>> def app(environ, start_response): ...
     >>> app = ScopeMiddleware(app, commit="on-success")
@@ -37,6 +37,7 @@ class ScopeMiddleware:
 
     def __init__(self, app: WSGIApplication, commit: Commit = None, *, veto: Veto | None = None) -> None:
         self.policy = Policy(app, commit, veto)
+        refuse_twice(app, ScopeMiddleware)
         self.app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -1,0 +1,1 @@
+"""Whole applications on the servers that people run, under load, on PostgreSQL."""
