@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import memory, report
+from benchmarks.frameworks import framework_rows
 from benchmarks.measure import Missing, measure, pin
 from benchmarks.report import Figure, Outcome, Screen
 from benchmarks.rows import Server, rows
@@ -70,9 +71,10 @@ def wanted(name: str, pattern: str | None) -> bool:
 def timed(options: argparse.Namespace, stack: ExitStack, screen: Screen) -> Iterator[Outcome]:
     """The rows that are timed."""
     server = Server(stack)
-    for row, place in [*rows(server), *web_rows(server)]:
-        if not wanted(row.name, options.rows):
+    for named, place in [*rows(server), *web_rows(server), *framework_rows(server)]:
+        if not wanted(named.name, options.rows):
             continue
+        row = named.here()
         outcome = Outcome(row.name, row.target, "us" if row.adds else "", note=row.note)
 
         def progress(done: int, name: str = row.name) -> None:

@@ -6,23 +6,35 @@ two runs do not.
 
 import asyncio
 import gc
+import importlib
 import os
 import random
 import statistics
 import textwrap
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
-from time import perf_counter, thread_time
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 SLICE = 0.004  # seconds that one contender runs in one round
-SQL_SLICE = 0.02  # the same for rows with SQL: caches are cold, and code specialised to another's classes, at first
+# The same for rows with SQL, whose caches are cold at first, and code specialised to another's classes; and for rows
+# that tell two requests from each other which differ by little.
+LONG_SLICE = 0.02
 
 
 class Missing(Exception):
     """This machine lacks what a row needs; the message says what."""
+
+
+def needs(*modules: str) -> None:
+    """Raise `Missing` unless all of them can be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise Missing(f"{module} is not installed") from error
 
 
 @dataclass
@@ -36,6 +48,7 @@ class Contender:
         ends: what it does with the transaction at its end, for they differ.
         setup: run once before, in the context that all measuring happens in.
         is_async: the code awaits.
+        needs: modules that it cannot do without; where one is missing, the row is measured without it.
     """
 
     name: str
@@ -43,6 +56,7 @@ class Contender:
     ends: str = ""
     setup: str = ""
     is_async: bool = False
+    needs: tuple[str, ...] = ()
     context: Context = field(default_factory=copy_context, repr=False)
 
 
@@ -59,6 +73,7 @@ class Row:
         sql: it runs SQL.
         waits: it waits for a server or a disk, so that the clock on the wall counts; elsewhere the thread's time on
             the CPU does, which other processes disturb less.
+        threads: a contender works in other threads as well, so that the process's time on the CPU counts.
         adds: what counts is not the ratio but what dbscope adds, in microseconds.
     """
 
@@ -70,6 +85,19 @@ class Row:
     waits: bool = False
     adds: bool = False
     note: str = ""
+    threads: bool = False
+
+    def here(self) -> "Row":
+        """The row with the contenders that this machine can measure; the note names the others."""
+        contenders, notes = [], [self.note] if self.note else []
+        for one in self.contenders:
+            try:
+                needs(*one.needs)
+            except Missing as missing:
+                notes.append(f"without {one.name}: {missing}")
+            else:
+                contenders.append(one)
+        return replace(self, contenders=contenders, note="; ".join(notes))
 
 
 @dataclass
@@ -109,7 +137,10 @@ def pin() -> str:
 
 
 def measure(row: Row, rounds: int, names: dict[str, Any], progress: Callable[[int], None]) -> list[Result]:
-    """Measure a row; the results are in the order of its contenders."""
+    """Measure a row; the results are in the order of its contenders.
+
+    `names` are what their code uses; `dispose` among them is awaited at the end, in the loop that they ran in.
+    """
     with asyncio.Runner() as runner:
         slices = [_Slice(contender, row, names, runner) for contender in row.contenders]
         try:
@@ -122,6 +153,8 @@ def measure(row: Row, rounds: int, names: dict[str, Any], progress: Callable[[in
         finally:
             for one in slices:
                 one.finish()
+            if "dispose" in names:
+                runner.run(names["dispose"]())
     base = slices[-1].seconds
     return [
         Result(
@@ -165,8 +198,8 @@ class _Slice:
         self.number = 1
         self._runner = runner
         self._steps = steps = row.steps
-        self._slice = SQL_SLICE if row.sql else SLICE
-        self._clock = perf_counter if row.waits else thread_time
+        self._slice = LONG_SLICE if row.sql or row.adds else SLICE
+        self._clock = perf_counter if row.waits else process_time if row.threads else thread_time
         self._names = dict(names)
         self._do(contender.setup)
         prefix = "async " if contender.is_async else ""

@@ -4,20 +4,19 @@ Contenders are at their best configuration and give the same guarantees as far a
 do with the transaction. Wherever one closes a session that is closed anyway, it would only be made to look slow.
 """
 
-import importlib
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-from benchmarks.measure import Contender, Missing, Row
+from benchmarks import peers
+from benchmarks.measure import Contender, Missing, Row, needs
+from benchmarks.peers import REQUEST, begin_by_recipe, begin_in_dialect, galaxy, sqlite_engine
 from dbscope import Database, scope
 from tests.support.postgres import Postgres, PostgresNotFound
 
@@ -35,57 +34,6 @@ class Account(Base):
 
 BALANCE = select(Account.balance).where(Account.id == 1)
 
-# -- what they are compared with ---------------------------------------------------------------------------------------
-
-REQUEST: ContextVar[str | None] = ContextVar("request", default=None)
-
-
-def galaxy(maker: "sessionmaker[Session]") -> SimpleNamespace:
-    """Galaxy's model object: a registry keyed by the request's id, and by the thread outside of requests."""
-    import threading
-
-    registry = scoped_session(maker, scopefunc=lambda: REQUEST.get() or threading.get_ident())
-
-    def set_request_id(id: str) -> Any:
-        return REQUEST.set(id)
-
-    def unset_request_id(id: str) -> None:
-        if id in registry.registry.registry:
-            registry.registry.registry[id].close()
-            del registry.registry.registry[id]
-
-    return SimpleNamespace(session=registry, set_request_id=set_request_id, unset_request_id=unset_request_id)
-
-
-def sqlite_engine(path: Path) -> Any:
-    """What the others use on SQLite: the settings and the explicit BEGIN of dbscope's, as cheap as it gets.
-
-    The BEGIN goes into the dialect. SQLAlchemy's documented recipe, a listener on the engine's "begin", costs a
-    quarter of a SELECT; it is a contender of its own.
-    """
-    engine = create_engine(f"sqlite:///{path}")
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, record: object) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA journal_mode = WAL")
-
-    return engine
-
-
-def begin_in_dialect(engine: Any, begin: str = "BEGIN") -> Any:
-    """Let the engine begin explicitly."""
-    engine.dialect.do_begin = lambda connection: connection.execute(begin)
-    return engine
-
-
-def begin_by_recipe(engine: Any) -> Any:
-    """The same by SQLAlchemy's documented recipe."""
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    return engine
-
-
 # -- the namespace that contenders run in ------------------------------------------------------------------------------
 
 
@@ -101,7 +49,8 @@ def on_sqlite() -> Iterator[dict[str, Any]]:
         stack.callback(engine.dispose)
         stack.callback(recipe.dispose)
         stack.callback(immediate.dispose)
-        yield {**sync_names(db, engine), "recipe": recipe, "writing": sessionmaker(immediate)}
+        names = sync_names(db, engine)
+        yield {**names, "path": path, "peers": peers, "recipe": recipe, "writing": sessionmaker(immediate)}
 
 
 def sync_names(db: Any, engine: Any) -> dict[str, Any]:
@@ -126,15 +75,6 @@ def sync_names(db: Any, engine: Any) -> dict[str, Any]:
         "scope": scope,
         "scoped": scoped_session(maker),
     }
-
-
-def needs(*modules: str) -> None:
-    """Raise `Missing` unless all of them can be imported."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise Missing(f"{module} is not installed") from error
 
 
 @contextmanager
@@ -204,7 +144,7 @@ class Server:
 
     @contextmanager
     def asynchronous(self) -> Iterator[dict[str, Any]]:
-        """Names for async rows on PostgreSQL. The pools are emptied by the contenders' loop."""
+        """Names for async rows on PostgreSQL."""
         needs("greenlet", "asyncpg", "psycopg")
         from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -214,7 +154,13 @@ class Server:
         engine = create_engine(url.replace("asyncpg", "psycopg"))
         sync_names(None, engine)
         engine.dispose()
-        yield async_names(AsyncDatabase(url), create_async_engine(url, pool_pre_ping=True))
+        db, engine = AsyncDatabase(url), create_async_engine(url, pool_pre_ping=True)
+
+        async def dispose() -> None:
+            await db.dispose()
+            await engine.dispose()
+
+        yield async_names(db, engine) | {"dispose": dispose}
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------
@@ -223,12 +169,19 @@ Place = Callable[[], Any]  # makes the names
 UPDATE = " as session:\n    session.get(Account, 1).balance += 1"
 IN_SCOPE = "scope().__enter__()\ndb.session()"
 IN_REQUEST = "model.set_request_id('r')\nmodel.session()"
+# Where the other libraries are found, once they were set up.
+FLASK_SQLALCHEMY = "global app, flask\napp, flask = peers.flask_sqlalchemy(path)"
+LITE = "global app, lite\napp, lite = peers.flask_sqlalchemy_lite(path)"
+ALCHEMY = "global app, alchemy\napp, alchemy = peers.advanced_alchemy_flask(engine)"
+OSLO = "global reader, context\nreader, context = peers.oslo_db(engine)"
+IN_APP = "\napp.app_context().push()"
 
 
-def look_ups(what: Callable[[str], str], dbscope: str) -> list[Contender]:
+def look_ups(what: Callable[[str], str], dbscope: str, *others: Contender) -> list[Contender]:
     """The same on every registry that is called, thread-local `scoped_session` last."""
     return [
         Contender("dbscope", dbscope, setup=IN_SCOPE),
+        *others,
         Contender("scoped_session, scopefunc", what("keyed"), setup="keyed()"),
         Contender("Galaxy's", what("model.session"), setup=IN_REQUEST),
         Contender("scoped_session", what("scoped"), setup="scoped()"),
@@ -243,7 +196,12 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
             on_sqlite,
         ),
         (
-            Row("look-up in a scope, `db.session()`", look_ups("{}()".format, "db.session()"), 0.55, steps=10),
+            Row(
+                "look-up in a scope, `db.session()`",
+                look_ups("{}()".format, "db.session()", *finders()),
+                0.55,
+                steps=10,
+            ),
             on_sqlite,
         ),
         (
@@ -272,6 +230,13 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                 "a scope in which no session is used",
                 [
                     Contender("dbscope", "with scope():\n    pass", "nothing"),
+                    Contender(
+                        "Flask's context, bare",
+                        "with app.app_context():\n    pass",
+                        "nothing",
+                        "global app\nfrom flask import Flask\napp = Flask('bank')",
+                        needs=("flask",),
+                    ),
                     Contender("with Session", "with Session(engine):\n    pass", "close"),
                 ],
                 0.13,
@@ -301,6 +266,20 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                         "id = next(ids)\nmodel.set_request_id(id)\nmodel.session()\nmodel.unset_request_id(id)",
                         "close (making the id costs about 2 us of it)",
                     ),
+                    Contender(
+                        "Flask-SQLAlchemy",
+                        "with app.app_context():\n    flask.session()",
+                        "teardown of the context: close",
+                        FLASK_SQLALCHEMY,
+                        needs=("flask_sqlalchemy",),
+                    ),
+                    Contender(
+                        "oslo.db",
+                        "with reader.using(context):\n    pass",
+                        "end of the reader: close",
+                        OSLO,
+                        needs=("oslo_db",),
+                    ),
                     Contender("with Session", "with Session(engine):\n    pass", "close"),
                 ],
                 1.12,
@@ -328,7 +307,34 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
             on_async_sqlite,
         ),
         (
-            Row("scope and SELECT, SQLite", selects(recipe=True), 1.10, sql=True, note="BEGIN is explicit for all"),
+            Row(
+                "scope and SELECT, SQLite",
+                selects(
+                    Contender(
+                        "with Session, BEGIN by the recipe",
+                        "with Session(recipe) as session:\n    session.scalar(BALANCE)",
+                        "close: rolls back",
+                    ),
+                    Contender(
+                        "Flask-SQLAlchemy-Lite",
+                        "with app.app_context():\n    lite.session.scalar(BALANCE)",
+                        "teardown of the context, with an event loop for its async half: close: rolls back",
+                        LITE,
+                        needs=("flask_sqlalchemy_lite",),
+                    ),
+                    Contender(
+                        "oslo.db",
+                        "with reader.using(context) as session:\n    session.scalar(BALANCE)",
+                        "end of the reader: close: rolls back",
+                        OSLO,
+                        needs=("oslo_db",),
+                    ),
+                ),
+                1.10,
+                sql=True,
+                threads=True,
+                note="BEGIN is explicit for all",
+            ),
             on_sqlite,
         ),
         (Row("scope and SELECT, PostgreSQL", selects(), sql=True, waits=True), server.sync),
@@ -417,17 +423,32 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
     ]
 
 
-def selects(*, recipe: bool = False) -> list[Contender]:
+def finders() -> list[Contender]:
+    """How other libraries find the session of a request; `async_scoped_session` finds that of a task."""
+    return [
+        Contender("Flask-SQLAlchemy", "flask.session()", setup=FLASK_SQLALCHEMY + IN_APP, needs=("flask_sqlalchemy",)),
+        Contender(
+            "Advanced Alchemy",
+            "alchemy.get_session()",
+            setup=ALCHEMY + IN_APP,
+            needs=("flask", "advanced_alchemy"),
+        ),
+        Contender(
+            "async_scoped_session",
+            "ascoped()",
+            setup="global ascoped\nascoped = peers.async_registry()",
+            is_async=True,
+            needs=("greenlet", "aiosqlite"),
+        ),
+    ]
+
+
+def selects(*others: Contender) -> list[Contender]:
     """One SELECT of a column."""
-    by_recipe = Contender(
-        "with Session, BEGIN by the recipe",
-        "with Session(recipe) as session:\n    session.scalar(BALANCE)",
-        "close: rolls back",
-    )
     return [
         Contender("dbscope", "with scope():\n    db.session.scalar(BALANCE)", "end of the scope: rolls back"),
         Contender("scoped_session", "scoped.scalar(BALANCE)\nscoped.remove()", "close: rolls back"),
-        *([by_recipe] if recipe else []),
+        *others,
         Contender("with Session", "with Session(engine) as session:\n    session.scalar(BALANCE)", "close: rolls back"),
     ]
 

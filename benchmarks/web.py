@@ -107,7 +107,11 @@ def web_rows(server: Server) -> list[tuple[Row, Place]]:
                 async with session_of(engine) as session:
                     return await session.scalar(BALANCE)
 
-            yield COMMON | {"app": asgi.ScopeMiddleware(arequest(by_scope)), "raw": arequest(by_hand)}
+            yield COMMON | {
+                "app": asgi.ScopeMiddleware(arequest(by_scope)),
+                "dispose": names["dispose"],
+                "raw": arequest(by_hand),
+            }
 
     return [
         (

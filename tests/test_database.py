@@ -3,13 +3,14 @@
 import gc
 import re
 import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, func, insert, make_url, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from dbscope import Database, ScopeWarning, scope
+from dbscope import ConfigurationError, Database, ScopeWarning, fork, scope
 from tests.support import needs
 from tests.support.kits import Account, AsyncKit, Base, Kit, Payment, SyncKit, make_kit, twice
 
@@ -251,6 +252,32 @@ def test_scopes_a_database_that_was_dropped_frees_its_url(sync_kit: SyncKit) -> 
     del db
     gc.collect()
     Database(url).dispose()
+
+
+@twice
+async def test_bad_input_one_sqlite_file_is_one_database_however_its_path_is_written(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pools for one file would wait for each other's locks."""
+    monkeypatch.chdir(tmp_path)
+    url = make_url(f"{kit.drivers['sqlite']}:///shop.db")
+    first = kit.database(url)
+    with pytest.raises(ConfigurationError, match=r"there is a database for .* already"):
+        kit.database(url.set(database=str(tmp_path / "shop.db")))
+    assert first.session is not None
+
+
+def test_scopes_databases_are_made_while_others_look_at_them() -> None:
+    """As the guards' thread does, which would end otherwise: FAILURES 1."""
+    made = [Database("sqlite://"), Database("sqlite://")]
+    seen = []
+    for database in fork.databases:
+        made.append(Database("sqlite://"))
+        seen.append(database)
+    assert set(made[:2]) <= set(seen)
+    assert not set(made[2:]) & set(seen)
+    for database in made:
+        database.dispose()
 
 
 # -- a lost connection -------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ PUBLIC = [
     "DBScopeError",
     "Database",
     "FanOutError",
+    "GuardError",
+    "GuardWarning",
     "Loop",
     "NoScopeError",
     "NoTransactionError",
@@ -36,6 +38,7 @@ PUBLIC = [
     "ScopeMisuseError",
     "ScopeWarning",
     "SelfBlockedError",
+    "SentBeforeCommit",
     "TransactionAbortedError",
     "TransactionError",
     "TransactionInProgress",
@@ -46,6 +49,7 @@ PUBLIC = [
     "current_scope",
     "end_scope",
     "scope",
+    "watch",
 ]
 
 

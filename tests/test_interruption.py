@@ -149,8 +149,8 @@ class Check:
 
     def __init__(self, db, url):
         self.db = db
-        # A connection that is closed in its own thread takes SQLite's lock for a moment.
-        limit = {"timeout": 1.0} if make_url(url).get_backend_name() == "sqlite" else {}
+        # A connection that is closed in its own thread takes SQLite's lock for a moment; a slow disk makes it longer.
+        limit = {"timeout": 10.0} if make_url(url).get_backend_name() == "sqlite" else {}
         outside = create_engine(url, poolclass=NullPool, connect_args=limit)
         Base.metadata.create_all(outside)
         self.outside = outside.connect().execution_options(isolation_level="AUTOCOMMIT")

@@ -22,6 +22,7 @@ from dbscope import (
     scope,
 )
 from dbscope.lifecycle import life_of
+from dbscope.scope import PlacedScope
 from tests.support.kits import AsyncKit, Kit, Payment, SyncKit, make_kit, twice
 
 ALL = select(Payment.amount).order_by(Payment.amount)
@@ -672,3 +673,12 @@ def test_scopes_8_a_write_is_reported_where_no_line_of_the_users_sent_it(sync_ki
             thread.start()
             thread.join()
     assert sync_kit.amounts() == []
+
+
+def test_a_session_of_a_scope_that_was_opened_nowhere_tells_no_place_of_it(sync_kit):
+    """What is said of a session that is dropped in a scope without a line of the user's has to do without one."""
+    home = PlacedScope("request 7", None)
+    with home:
+        sync_kit.db.session.scalar(text("SELECT 1"))
+        (mark,) = sync_kit.db.holders
+        assert mark.home == ("request 7", None)

@@ -29,6 +29,24 @@ async def test_statement_01_what_it_exposes(kit):
 
 
 @twice
+async def test_frameworks_take_it_for_a_coroutine_function(kit):
+    """Without parameters, and with the session's class; what a program calls gives the session, as it always did."""
+    S = kit.db.session
+    seen = S.__call__  # as an attribute, which is not where a call looks
+    assert inspect.iscoroutinefunction(seen)
+    assert not inspect.iscoroutinefunction(type(S).__call__)
+    assert not inspect.signature(S).parameters
+    async with kit.scope():
+        session = S()
+        assert isinstance(session, inspect.signature(S).return_annotation)
+        assert await session is session  # as a framework does with what it has called
+        assert await seen() is session
+    beside = kit.db.apart("migration")
+    assert inspect.iscoroutinefunction(beside.session.__call__)
+    await kit.done(beside.dispose())
+
+
+@twice
 async def test_statement_02_one_session_for_each_scope(kit):
     """The session is made at the first call in a scope, and is the same until the scope ends."""
     S = kit.db.session

@@ -34,6 +34,7 @@ from dbscope import (
     end_scope,
     scope,
 )
+from dbscope.hooks import Hook
 from dbscope.lifecycle import Write
 from dbscope.scope import Colour, PlacedScope, open_scopes_of_this_context
 from dbscope.session import _USES
@@ -237,6 +238,14 @@ async def test_scopes_2_an_async_database_has_no_implicit_scope(async_kit):
         async_kit.db.session.add(Payment())
 
 
+async def test_an_async_session_in_a_worker_thread_is_refused(async_kit):
+    """It could not be awaited there: the error says so where it is asked for, and not where a coroutine is lost."""
+    async with scope("request"):
+        with pytest.raises(NoScopeError, match=r"in scope 'request'.*, in a thread that cannot await.\n.*`async def`"):
+            await asyncio.to_thread(async_kit.session)
+        assert async_kit.session() is not None
+
+
 # -- 3: nesting, and exits out of order and out of context -------------------------------------------------------
 
 
@@ -430,6 +439,27 @@ async def test_scopes_3_finish_ends_the_work_before_the_block(kit):
         kit.session().add(Payment())
         await kit.done(work.finish(veto=True) if kit.colour == "sync" else work.afinish(veto=True))
     assert kit.count() == 1
+
+
+@pytest.mark.parametrize("end", ["well", "an error", "a veto", "rollback-only", "a commit that fails"])
+@twice
+async def test_what_follows_from_the_success_of_a_scope(kit, end):
+    """Is called when everything is committed and given back, be it used after that was asked for, and else dropped."""
+    called = []
+    expected = {"an error": ZeroDivisionError, "a commit that fails": IntegrityError}.get(end)
+    with pytest.raises(expected) if expected else contextlib.nullcontext():
+        async with kit.scope(commit="on-success") as work:
+            work.after_commit(Hook(lambda: called.append(kit.checked_out()), "commit", None, name="it", blocking=True))
+            kit.session().add(Account(name="same"))
+            if end == "an error":
+                raise ZeroDivisionError
+            if end == "a veto":
+                await kit.done(work.finish(veto=True) if kit.colour == "sync" else work.afinish(veto=True))
+            if end == "rollback-only":
+                kit.db.set_rollback_only()
+            if end == "a commit that fails":
+                kit.session().add(Account(name="same"))
+    assert called == ([0] if end == "well" else [])
 
 
 @pytest.mark.parametrize("commit", [None, "on-success"])

@@ -23,6 +23,22 @@ def test_the_registry_has_what_the_users_class_adds():
         assert isinstance(db.session, scoped_session)
 
 
+def test_the_end_of_a_scope_closes_by_the_users_own_close():
+    """What a class does in its `close()` is done at the scope's end, be there objects to let go of or not."""
+    closed = []
+
+    class Noting(Session):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    with Database("sqlite://", session_class=Noting) as db:
+        with scope():
+            session = db.session()
+            session.scalar(text("SELECT 42"))
+        assert closed == [session]
+
+
 async def test_the_async_registry_has_what_the_users_class_adds():
     """So does the async one."""
     needs.module("greenlet", extra="async")

@@ -69,6 +69,7 @@ def test_twins_what_is_awaited(twins: dict[str, tuple[type, type]]) -> None:
     """Of the async database's methods these are awaited; the others decide or hand out, and wait for nothing."""
     _, twin = twins["Database"]
     assert {name for name in own(twin) if inspect.iscoroutinefunction(getattr(twin, name))} == {
+        "check_capacity",
         "dispose",
         "fan_out",
         "run",

@@ -85,6 +85,16 @@ def test_a_task_has_no_line_of_whoever_runs_the_loop():
     assert asyncio.run(nobody()) is None
 
 
+def test_an_integration_says_which_frames_stand_between(monkeypatch):
+    """Of a framework's package, too, no line is named, though one was before."""
+    monkeypatch.setattr(where, "_BETWEEN", set(where._BETWEEN))
+    space = {"__name__": "framework.made_up", "here": here}
+    exec(compile("def call():\n    return here()", "framework.py", "exec"), space)
+    assert "framework.py" in spell(space["call"]())
+    where.pass_over("framework")
+    assert f"{os.path.basename(__file__)}:" in spell(space["call"]())
+
+
 def test_ago(monkeypatch):
     """An age in seconds, for people."""
     monkeypatch.setattr(where.time, "monotonic", lambda: 12.34)
