@@ -356,6 +356,25 @@ def test_transactions_9_cancelled_at_every_await(async_url, strike, cold, record
     assert not problems, "\n".join(problems)
 
 
+@collected
+def test_transactions_9_a_rollback_that_takes_its_time(tmp_path, monkeypatch):
+    """On a slow disk the rollback of a cancelled block outlasts all patience, and is not interrupted in its turn."""
+    aiosqlite = needs.module("aiosqlite", extra="aiosqlite")
+
+    def rollback(connection):
+        def slowly():
+            threading.Event().wait(0.02)  # the disk
+            connection._conn.rollback()
+
+        return connection._execute(slowly)
+
+    monkeypatch.setattr(aiosqlite.Connection, "rollback", rollback)
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.0)
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+    _, problems = asyncio.run(cancelled_everywhere(url, by_task, [block]))
+    assert not problems, "\n".join(problems)
+
+
 @pytest.fixture(params=["psycopg", "sqlite3"])
 def sync_url(request, tmp_path):
     """The sync URL of an empty database, by each driver."""

@@ -8,8 +8,10 @@ is the statement's own time-out.
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import signal
+import sqlite3
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -157,14 +159,26 @@ def _sqlite(driver: Any) -> None:
 
 def _aiosqlite(driver: Any) -> None:
     async def stop() -> None:
-        undone = asyncio.ensure_future(driver.rollback())  # in its thread, behind what is running there
-        _, running = await asyncio.wait({undone}, timeout=PATIENCE)
-        if running:  # only then: while a cursor has rows to give, SQLite would interrupt the rollback, too
+        at_rest = asyncio.ensure_future(driver.cursor())  # in its thread, behind what is running there
+        _, running = await asyncio.wait({at_rest}, timeout=PATIENCE)
+        if running:
             await driver.interrupt()
-        await undone
+        await at_rest
+        try:
+            await driver.rollback()
+        except sqlite3.OperationalError:
+            # The interrupt came a moment too late, and holds for whatever follows, until no cursor has rows to give.
+            await driver._execute(_close_cursors, driver._conn)
+            await driver.rollback()
         await driver.close()  # in its thread, too, which takes a lock for a moment
 
     _to_its_end(stop)
+
+
+def _close_cursors(raw: sqlite3.Connection) -> None:
+    for cursor in gc.get_referrers(raw):  # slow, and nobody else knows those that a cancel has left open
+        if isinstance(cursor, sqlite3.Cursor):
+            cursor.close()
 
 
 _STOPS: dict[str, Callable[[Any], None]] = {

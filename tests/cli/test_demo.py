@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine, inspect, make_url
+from sqlalchemy.exc import OperationalError
 
 import dbscope
 from tests.support import needs
@@ -134,6 +136,22 @@ def test_unprotected_the_bank_loses_money(env):
         "what is meant to work works",
     }
     assert len(lost & broken(said)) >= 2
+
+
+def test_a_lock_does_not_end_the_wait_for_jobs():
+    """Without dbscope somebody may hold the lock that a look at the jobs needs; the demo looks again."""
+    from dbscope.cli.demo.service import Service  # not before the extras are known to be there
+
+    looks = [OperationalError("SELECT", {}, Exception("database is locked")), 1, 0]
+
+    def waiting():
+        look = looks.pop(0)
+        if isinstance(look, Exception):
+            raise look
+        return look
+
+    Service(SimpleNamespace(jobs=SimpleNamespace(waiting=waiting, seen=lambda: 0)))._finish_jobs()
+    assert not looks
 
 
 def test_a_pipe_gets_plain_lines(env):

@@ -95,10 +95,16 @@ class Service:
     def _finish_jobs(self) -> None:
         """Wait until the job handler has done everything, or does nothing any more."""
         progress, since = self.bank.jobs.seen(), time.monotonic()
-        while self.bank.jobs.waiting() and time.monotonic() - since < STOPPING:
+        while self._jobs_wait() and time.monotonic() - since < STOPPING:
             time.sleep(0.02)
             if (now := self.bank.jobs.seen()) != progress:
                 progress, since = now, time.monotonic()
+
+    def _jobs_wait(self) -> bool:
+        try:
+            return self.bank.jobs.waiting() > 0
+        except SQLAlchemyError:  # without dbscope somebody may hold a lock to the end
+            return True
 
     def _run_wsgi(self) -> None:
         self._waitress.run()
