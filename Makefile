@@ -47,7 +47,7 @@ check: lint test matrix  ## all of it, as CI does
 
 # The order matters: each set is held to the versions of the one before. UPGRADE=--upgrade takes new versions.
 lock: .venv/uv  ## recompile requirements/*.txt; UPGRADE=--upgrade moves to new versions
-	cd requirements && for set in uv sqlalchemy-oldest sqlalchemy-newest; do \
+	cd requirements && for set in uv sqlalchemy-oldest sqlalchemy-newest arq; do \
 		../$(COMPILE) --no-deps $$set.in --output-file $$set.txt || exit 1; done
 	cd requirements && ../$(COMPILE) dev.in --output-file dev.txt
 	cd requirements && ../$(COMPILE) --constraints dev.txt minimal.in --output-file minimal.txt

@@ -1,10 +1,10 @@
 """Run the test suite in every set-up that dbscope promises, each in an environment of its own.
 
 `make matrix` calls this with the Python of `.venv`, which has already run the suite once (`make test`); here follow the
-oldest SQLAlchemy, dbscope without its extras, and every other supported Python that this machine has. Prints a line
-per set-up and exits with 1 if one of them failed. What failed is run once more, by itself: where it passes then, the
-set-up is called unsteady, and what was printed is shown, for that is a bug, too. Standard library only; environments
-live in `.venv-<set-up>`.
+oldest SQLAlchemy, dbscope without its extras, every other supported Python that this machine has, and the tests of arq,
+whose requirements go with nobody else's. Prints a line per set-up and exits with 1 if one of them failed. What failed
+is run once more, by itself: where it passes then, the set-up is called unsteady, and what was printed is shown, for
+that is a bug, too. Standard library only; environments live in `.venv-<set-up>`.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ class SetUp:
     overlay: str | None = None
     extras: bool = True
     programs: bool = False  # whether the tests run that start servers, workers and other programs
+    only: tuple[str, ...] = ()  # the tests that run there, as pytest is told; () for the suite
 
     @property
     def folder(self) -> Path:
@@ -65,7 +66,7 @@ class SetUp:
         if not self.extras:
             environment["DBSCOPE_NO_EXTRAS"] = "1"
         try:
-            which = [] if self.programs else ["-m", "not programs"]
+            which = self.only or (() if self.programs else ("-m", "not programs"))
             cache = f"cache_dir={self.folder / 'pytest_cache'}"
             command: list[str | Path] = [self.prepare(), "-m", "pytest", "-n", "logical", "-o", cache, *which]
             done = captured(command, env=environment, timeout=TIME_LIMIT)
@@ -132,7 +133,9 @@ def main() -> int:
             print(f"  {'Python ' + version:<24} not found on this machine", flush=True)
     # The programs that tests start differ with Python, if with anything: once more, on the newest one, is enough.
     setups[-1] = replace(setups[-1], programs=True)
-    print(f"tests that start servers, workers and other programs are run with {setups[-1].title}, and left out before")
+    arq = ("-k", "arq", "tests/integrations/test_queue_recipes.py")
+    setups.append(SetUp("arq", "arq, and its Redis client", sys.executable, overlay="arq.txt", only=arq))
+    print(f"tests that start servers, workers and other programs are run with {setups[-2].title}, and left out before")
     failed = 0
     for setup in setups:
         print(f"  {setup.title:<24} ", end="", flush=True)
