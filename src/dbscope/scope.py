@@ -133,7 +133,7 @@ class Scope:
 
     __slots__ = (
         *("name", "commit", "writes", "since", "_sessions", "_guests", "_outer", "_code", "_instruction"),
-        *("_state", "_colour", "_loop", "_joined", "_end", "_hooks", "__weakref__"),
+        *("_state", "_colour", "_loop", "_joined", "_hooks", "__weakref__"),
     )
 
     def __init__(self, name: str | None = None, *, commit: Commit = None, writes: bool = True) -> None:
