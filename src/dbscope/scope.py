@@ -251,7 +251,7 @@ class Scope:
             if _ended:
                 self._tell_end(error)
 
-    def _end_simply(self, frame: FrameType, error: BaseException | None, *, blocking: bool) -> bool:
+    def _end_simply(self, frame: FrameType | None, error: BaseException | None, *, blocking: bool) -> bool:
         """End a scope in which nothing is to be committed, as most are: what `_conclude` does then, without its plan.
 
         A reader's own scope is one of these.
@@ -259,7 +259,7 @@ class Scope:
         The plan and its steps cost as much as all else at the end of a scope; here there is nothing to decide.
 
         Args:
-            frame: who ends it.
+            frame: who ends it; None if no line of the user's does.
             error: what the work failed with.
             blocking: whether a transaction may be rolled back here; otherwise none may be open.
 
@@ -291,7 +291,7 @@ class Scope:
                 lost = [*(lost or ()), (source, place)]
         self._state = _ENDED
         self._sessions = _NO_SESSIONS
-        end = End(self, place_of(frame))
+        end = End(self, None if frame is None else place_of(frame))
         failure: BaseException | None = None
         for _, life in lives:  # all of them, before the first one is released: what that fires may use another
             if life.ended is None:
@@ -323,7 +323,7 @@ class Scope:
         """
         if not self._sessions and self._state is _OPEN:
             self._end_empty()
-        elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=True)):
+        elif self._state is _OPEN and (veto or not self._end_simply(self._finisher(), None, blocking=True)):
             self.refuse_async("afinish()")
             end(self._conclude(None, veto=veto), None, self.describe)
 
@@ -331,8 +331,12 @@ class Scope:
         """Async version of `finish`."""
         if not self._sessions and self._state is _OPEN:
             self._end_empty()
-        elif self._state is _OPEN and (veto or not self._end_simply(_getframe(1), None, blocking=False)):
+        elif self._state is _OPEN and (veto or not self._end_simply(self._finisher(), None, blocking=False)):
             await self._afinish(None, veto=veto)
+
+    def _finisher(self) -> FrameType | None:
+        """Who called `finish` or `afinish`, as errors will say."""
+        return _getframe(2)
 
     def _end_empty(self) -> None:
         self._state = _ENDED
