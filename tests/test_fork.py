@@ -407,7 +407,7 @@ def test_failures_15_locks_are_watched_in_the_child(sync_server_kit):
         session.execute(text("SELECT 1"))  # its watch is not due yet, and the thread that would begin it waits
 
         def child():
-            with kit.outside.connect() as holder, kit.db.apart("child", lock_timeout=0.2) as mine:
+            with kit.outside.connect() as holder, kit.db.apart("child", lock_timeout=1.0) as mine:
                 holder.execute(text("LOCK TABLE payments"))
                 try:
                     with scope(), mine.transaction(new=True) as other:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import threading
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from tests.support.lines import marked
 
 ALTER = text("ALTER TABLE payments ADD COLUMN note text")
 READ = text("SELECT amount FROM payments")
-QUICK = 0.2  # seconds, for a lock that nobody gives back
+QUICK = 1.0  # seconds, for a lock that nobody gives back: a busy machine has to look at it meanwhile
 
 
 def notes(error: BaseException) -> str:
@@ -44,11 +45,12 @@ async def test_failures_31_an_idle_transaction_of_this_process_is_named(server_k
             await alter(kit, beside)
         note = notes(raised.value)
         assert "It waited for payments (AccessExclusiveLock), held by:\n- backend" in note
-        assert f"backend {pid} (postgres), idle in transaction for 0." in note
-        assert ", in a transaction of 0." in note
+        assert re.search(
+            rf"backend {pid} \(postgres\), idle in transaction for \d\.\d s, in a transaction of \d\.\d s", note
+        )
         assert "its last statement: 'SELECT amount FROM payments'" in note
         assert "in this process: scope 'GET /orders' (opened at tests/" in note
-        assert f"taken at tests/{marked('taken')}, 0." in note
+        assert f"taken at tests/{marked('taken')}, " in note
         assert "which waits itself: that could never end" in note
         assert note.count("backend") == 2  # once, and in the advice
         await kit.done(kit.session().rollback())
@@ -69,7 +71,7 @@ async def test_failures_31_whoever_else_holds_it_is_named(server_kit: Kit) -> No
                     await kit.done(session.execute(ALTER))
     other.dispose()
     note = notes(raised.value)
-    assert "(psql of Ada), idle in transaction for 0." in note
+    assert "(psql of Ada), idle in transaction for " in note
     assert "in this process" not in note
     assert f"This is lock_timeout={QUICK} of the transaction (begun at tests/" in note
 

@@ -107,7 +107,7 @@ class _Response:
         self.work.resume()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None or kind is StopIteration:
+        if error is None:
             self.work.suspend()
         else:
             self.work.__exit__(kind, error, tb)
@@ -126,17 +126,22 @@ class _Body:
         return self
 
     def __next__(self) -> bytes:
+        # One step of the application, as by `with self._response`, whose two calls cost as much as all else here.
         response = self._response
-        with response:
+        work = response.work
+        work.resume()
+        try:
             if self._chunks is None:
                 self._chunks = iter(self._body)
-            try:
-                chunk = next(self._chunks)
-            except StopIteration:
-                response.go()
-                raise
+            chunk = next(self._chunks, None)
             response.go()
-            return chunk
+        except BaseException as error:
+            work.__exit__(type(error), error, None)
+            raise
+        work.suspend()
+        if chunk is None:
+            raise StopIteration
+        return chunk
 
     def close(self) -> None:
         """End the request, whether or not its response was wanted to the end."""
