@@ -18,6 +18,7 @@ from benchmarks import peers
 from benchmarks.measure import Contender, Missing, Row, needs
 from benchmarks.peers import REQUEST, begin_by_recipe, begin_in_dialect, galaxy, sqlite_engine
 from dbscope import Database, scope
+from dbscope.guards import policy
 from tests.support.postgres import Postgres, PostgresNotFound
 
 
@@ -51,6 +52,18 @@ def on_sqlite() -> Iterator[dict[str, Any]]:
         stack.callback(immediate.dispose)
         names = sync_names(db, engine)
         yield {**names, "path": path, "peers": peers, "recipe": recipe, "writing": sessionmaker(immediate)}
+
+
+@contextmanager
+def without_guards() -> Iterator[dict[str, Any]]:
+    """The same names, and every guard off."""
+    before = dict(policy._levels)
+    policy.set_levels(dict.fromkeys(before, "off"))
+    try:
+        with on_sqlite() as names:
+            yield names
+    finally:
+        policy.set_levels(before)
 
 
 def sync_names(db: Any, engine: Any) -> dict[str, Any]:
@@ -336,6 +349,10 @@ def rows(server: Server) -> list[tuple[Row, Place]]:
                 note="BEGIN is explicit for all",
             ),
             on_sqlite,
+        ),
+        (
+            Row("scope and SELECT, SQLite, guards off", selects(), 1.03, sql=True, note="BEGIN is explicit for all"),
+            without_guards,
         ),
         (Row("scope and SELECT, PostgreSQL", selects(), sql=True, waits=True), server.sync),
         (Row("`reader(autocommit=True)` and SELECT, PostgreSQL", readers(), 0.70, sql=True, waits=True), server.sync),
