@@ -20,7 +20,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -31,6 +31,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import dbscope
+from dbscope.conformance import _Block, _Now
 from tests.support import needs
 
 LIMIT = 60.0  # seconds until a test gives up on something that never happens; a machine may be busy
@@ -297,30 +298,6 @@ def drive(coroutine: Any) -> Any:
 
 async def _awaited(part: Callable[[], Awaitable[Any]]) -> Any:
     return await part()
-
-
-class _Now:
-    """An awaitable that has its value already."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __await__(self) -> Generator[None, None, Any]:
-        yield from ()
-        return self.value
-
-
-class _Block:
-    """A sync context manager behind `async with`: it never waits."""
-
-    def __init__(self, manager: Any) -> None:
-        self.manager = manager
-
-    async def __aenter__(self) -> Any:
-        return self.manager.__enter__()
-
-    async def __aexit__(self, *error: Any) -> Any:
-        return self.manager.__exit__(*error)
 
 
 class _Event:
