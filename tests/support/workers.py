@@ -112,7 +112,7 @@ class Worker:
         done: list[Any] = []
 
         def ready() -> bool:
-            with contextlib.suppress(ValueError):  # the file is being written
+            with contextlib.suppress(ValueError, untyped.exceptions.DecodeError):  # the file is being written
                 if result.state not in ("PENDING", "STARTED", "RETRY"):
                     done.append((result.state, result.result))
             return bool(done) or self.process.poll() is not None
