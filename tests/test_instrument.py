@@ -10,7 +10,15 @@ from dbscope.instrument import before_statement
 from tests.support.kits import Kit, Payment, twice
 
 
-def test_an_engine_with_the_id_of_one_that_is_gone_is_watched():
+@pytest.fixture
+def quick_collections():
+    """Collections look at what was made since alone: the suite has so many objects that they would take minutes."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_an_engine_with_the_id_of_one_that_is_gone_is_watched(quick_collections):
     """Each new engine's statements are seen, also where an engine before it had the same address in memory."""
 
     addresses, dialects = set(), []
