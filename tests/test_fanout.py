@@ -168,6 +168,26 @@ async def test_scopes_6_the_limit_counts(kit):
     assert max(most) == 1
 
 
+def test_scopes_6_threads_are_limited_over_a_pool_without_a_limit(sync_kit):
+    """A pool that gives out any number of connections has 32 parts run in threads at once, and not one for each."""
+    db = sync_kit.database(pool_size=0)
+    running, most = [], []
+    full = threading.Event()
+
+    def part(item):
+        running.append(item)
+        most.append(len(running))
+        if len(running) == 32:
+            full.set()
+        assert full.wait(LIMIT)
+        for _ in range(2000):
+            os.sched_yield()
+        running.remove(item)
+
+    db.fan_out(part, range(40))
+    assert max(most) == 32
+
+
 @twice
 async def test_scopes_6_nested_fan_out_on_a_pool_of_one(kit):
     """Parts that hold no connection may fan out again on a pool of one, twice over: nobody starves."""
@@ -331,8 +351,11 @@ async def test_scopes_6_cancelling_the_caller_cancels_the_parts(async_kit, times
 
 @twice
 async def test_scopes_6_no_items(kit):
-    """A fan-out over nothing gives nothing."""
-    assert await fanning(kit, _one, []) == []
+    """A fan-out over nothing gives nothing, to a caller that holds the only connection, too."""
+    small(kit)
+    async with kit.scope():
+        await kit.done(kit.session().scalar(text("SELECT 1")))
+        assert await fanning(kit, _one, []) == []
 
 
 @pytest.mark.parametrize("limit", [0, -1])

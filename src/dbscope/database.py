@@ -683,7 +683,7 @@ class Database(BaseDatabase, Generic[S]):
             function: what to do with one item.
             items: one call for each.
             name: what errors call the scopes; the function's name, if not given.
-            limit: how many calls may run at once, if fewer than the pool could serve.
+            limit: how many calls may run at once, if the pool could serve more; 32 threads, if not given.
 
         Returns:
             the results, in the order of the items.

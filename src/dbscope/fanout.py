@@ -24,7 +24,7 @@ __all__ = ["Slots", "afan_out", "fan_out"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_THREADS = 32  # at once, over a pool without a limit
+_THREADS = 32  # at once, if the pool has room for more and nobody says how many
 
 
 class Slots:
@@ -54,16 +54,30 @@ class Share:
         home = current_scope()
         held, is_part = (0, False) if home is None else home.held(slots.source)
         self.slots = slots
-        self.running = 0
         self.lent = is_part and held == 0  # the part's own slot, which it does not need while it waits here
         self.reserved = max(0, held - is_part)
         self.held = held
         self.place = here()
 
     def __enter__(self) -> "Share":
-        with self.slots.lock:
-            self.slots.reserved += self.reserved
-            self.slots.stuck += self.held
+        """Join those that wait, as long as one connection is left to give them their turn.
+
+        Raises:
+            FanOutError: this would be the last one, and no slot could ever come free.
+        """
+        slots = self.slots
+        with slots.lock:  # looked up and taken in one go: of two callers that come at once one goes on
+            slots.stuck += self.held
+            capacity = slots.source.capacity()
+            if slots.stuck >= capacity:
+                slots.stuck -= self.held
+                raise FanOutError(
+                    f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
+                    f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
+                    "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool "
+                    "(SQLite in memory has one connection, a file has more)."
+                )
+            slots.reserved += self.reserved
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,42 +87,26 @@ class Share:
         self.slots.wake()
 
     def take(self, wake: Callable[[], object]) -> Callable[[], None] | None:
-        """What gives a slot back when its part is through; or None, and `wake` is called when to try again.
-
-        Raises:
-            FanOutError: no slot can ever come free.
-        """
+        """What gives a slot back when its part is through; or None, and `wake` is called when to try again."""
         slots = self.slots
-        capacity = slots.source.capacity()
         with slots.lock:
             if self.lent:
                 self.lent = False
-                self.running += 1
                 return self._give_lent
-            if slots.used + slots.reserved < capacity:
+            if slots.used + slots.reserved < slots.source.capacity():
                 slots.used += 1
-                self.running += 1
                 return self._give
-            if not self.running and slots.stuck >= capacity:
-                raise FanOutError(
-                    f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
-                    f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
-                    "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool "
-                    "(SQLite in memory has one connection, a file has more)."
-                )
             slots.waiting.append(wake)
             return None
 
     def _give_lent(self) -> None:
         with self.slots.lock:
             self.lent = True
-            self.running -= 1
         self.slots.wake()
 
     def _give(self) -> None:
         with self.slots.lock:
             self.slots.used -= 1
-            self.running -= 1
         self.slots.wake()
 
 
@@ -129,6 +127,8 @@ def fan_out(
 ) -> list[R]:
     """The parts in threads; see `Database.fan_out`."""
     given = _check(items, limit)
+    if not given:
+        return []
     place, called = here(), name or title(function)
 
     def part(item: T) -> R:
@@ -138,7 +138,7 @@ def fan_out(
     parts: list[Future[R]] = []
     failed = threading.Event()
     room = threading.Semaphore(limit or _THREADS)
-    with Share(slots) as share, ThreadPoolExecutor(max(1, len(given)), thread_name_prefix=called) as threads:
+    with Share(slots) as share, ThreadPoolExecutor(len(given), thread_name_prefix=called) as threads:
         for item in given:
             room.acquire()
             give = _wait_for(share)
@@ -182,9 +182,11 @@ async def afan_out(
 ) -> list[R]:
     """The parts in tasks; see `AsyncDatabase.fan_out`."""
     given = _check(items, limit)
+    if not given:
+        return []
     place, called = here(), name or title(function)
     parts: list[asyncio.Task[R]] = []
-    room = asyncio.Semaphore(limit or max(1, len(given)))
+    room = asyncio.Semaphore(limit or len(given))
 
     async def part(item: T) -> R:
         async with PlacedScope(called, place, joined=source):
@@ -206,8 +208,7 @@ async def afan_out(
 
                 task.add_done_callback(through)  # not in the part itself: one that is cancelled early never begins
                 parts.append(task)
-            if parts:
-                await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             if parts:
                 for task in parts:
