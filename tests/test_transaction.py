@@ -964,6 +964,20 @@ async def test_transactions_3_a_deeper_savepoint_does_not_mend_it(kit: Kit) -> N
 
 
 @twice
+async def test_transactions_3_a_deeper_savepoint_of_the_users_does_not_mend_it(kit: Kit) -> None:
+    """Nor does the user's own, opened after the failure: what had failed before it was not undone."""
+    with pytest.raises(RollbackOnlyError):
+        async with kit.transaction() as session:
+            with pytest.raises(ValueError):
+                async with kit.transaction():
+                    await kit.done(session.execute(write(1)))
+                    raise ValueError
+            savepoint = await kit.done(session.begin_nested())
+            await kit.done(savepoint.rollback())
+    assert kit.amounts() == []
+
+
+@twice
 async def test_transactions_3_a_joined_block_of_a_decorator_counts(kit: Kit) -> None:
     """A decorated helper that fails dooms the transaction that it joined."""
     db = kit.db
