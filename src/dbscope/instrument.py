@@ -214,7 +214,7 @@ def before_sqlite_statement(
     if life is not None:
         life.sent = statement
         life.statements += 1
-    if what is _READ and life is not None and life.doom is None and life.owner is None:  # most are, and no call more
+    if what is _READ and life is not None and life.owner is None:  # most are, and no call more
         if not driver.in_transaction and driver.isolation_level is not None:
             life.read_first = True
             cursor.execute("BEGIN")
