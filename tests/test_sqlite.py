@@ -106,6 +106,14 @@ def test_transactions_10_a_savepoint_comes_first(sync_kit: SyncKit) -> None:
     assert sync_kit.amounts() == [2]
 
 
+def test_transactions_10_a_transaction_that_begins_with_a_savepoint_begins_immediate(sync_kit: SyncKit) -> None:
+    """`transaction()` takes the write lock with a savepoint, too."""
+    seen = traced(sync_kit.db)
+    with sync_kit.db.transaction(), sync_kit.db.transaction(nested=True) as session:
+        session.execute(ALL)
+    assert seen[:2] == ["BEGIN IMMEDIATE", "SAVEPOINT sa_savepoint_1"]
+
+
 def test_transactions_10_users_of_the_engine_get_the_same_begin(sync_kit: SyncKit) -> None:
     """Code that uses `db.engine.begin()` beside the sessions gets consistent transactions, too."""
     seen = traced(sync_kit.db)
@@ -153,16 +161,47 @@ async def test_transactions_10_an_upgrade_that_fails_names_the_read(kit: Kit) ->
     assert kit.checked_out() == 0
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_transactions_10_other_errors_are_not_taken_for_it(sync_kit: SyncKit, reads: bool) -> None:
+def test_transactions_10_an_upgrade_that_fails_in_an_on_success_scope_does_too(sync_kit: SyncKit) -> None:
+    """An on-success scope with `writes=False` that writes all the same is told of its read, too."""
+    with pytest.raises(OperationalError, match="locked") as caught:
+        with scope(commit="on-success", writes=False):
+            sync_kit.db.session.execute(ALL)  # its read
+            with sync_kit.outside.begin() as other:
+                other.execute(write(1))
+            sync_kit.db.session.execute(write(2))
+    assert marked("its read") in "\n".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("how", ["a write", "a block", "another error", "the next transaction"])
+def test_transactions_10_other_errors_are_not_taken_for_it(sync_kit: SyncKit, how: str) -> None:
     """A lock that was waited for in vain, and an error of another kind after a read, do not blame the read."""
     db = sync_kit.database(connect_args={"timeout": 0})
-    with pytest.raises(OperationalError) as caught, scope(), sync_kit.outside.begin() as other:
-        other.execute(write(1))
-        if reads:
-            db.session.execute(ALL)
-        db.session.execute(text("SELECT nonsense FROM payments") if reads else write(2))
+    with scope():
+        db.session.execute(ALL)  # it has a connection: to make one takes the lock, too
+        db.session.rollback()
+        with pytest.raises(OperationalError) as caught, sync_kit.outside.begin() as other:
+            other.execute(write(1))
+            if how == "a write":
+                db.session.execute(write(2))
+            elif how == "a block":
+                with db.transaction() as session:
+                    session.execute(ALL)
+            elif how == "another error":
+                db.session.execute(ALL)
+                db.session.execute(text("SELECT nonsense FROM payments"))
+            else:
+                db.session.execute(text("VACUUM"))
+        db.session.rollback()
+    assert ("nonsense" if how == "another error" else "locked") in str(caught.value)
     assert not any("began by reading" in note for note in getattr(caught.value, "__notes__", ()))
+
+
+def test_transactions_10_a_reader_inside_of_a_writer_is_in_nobodys_way(sync_kit: SyncKit) -> None:
+    """What only reads, in a scope inside of the one that writes, needs no lock, and sees what was there before."""
+    with sync_kit.db.transaction() as session:
+        session.execute(write(1))
+        with scope(), sync_kit.db.reader() as reader:
+            assert reader.scalars(ALL).all() == []
 
 
 def test_transactions_10_writers_wait_for_each_other(sync_kit: SyncKit) -> None:
@@ -410,6 +449,7 @@ async def test_transactions_10_autocommit_is_left_alone(kit: Kit) -> None:
     async with kit.scope():
         session = kit.session()
         await kit.done(session.connection(execution_options={"isolation_level": "AUTOCOMMIT"}))
+        await kit.done(session.execute(ALL))
         await kit.done(session.execute(write(1)))
         assert kit.amounts() == [1]
         await kit.done(session.execute(text("VACUUM")))
