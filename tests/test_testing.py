@@ -40,7 +40,7 @@ def kit(request: pytest.FixtureRequest, tmp_path: Path) -> Kit:
     if colour == "psycopg":
         made.drivers = PsycopgKit.drivers
     if kind == "memory":
-        made.memory()
+        made.memory(own=True)
     return made
 
 

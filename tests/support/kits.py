@@ -93,9 +93,12 @@ class Kit:
         self.databases.append(made)
         return made
 
-    def memory(self, **options: Any) -> Any:
-        """A new database in memory, without tables."""
-        return self.database(f"{self.drivers['sqlite']}://", **options)
+    def memory(self, *, own: bool = False, **options: Any) -> Any:
+        """A new database in memory, without tables; with `own` it is the one that `db` gives."""
+        made = self.database(f"{self.drivers['sqlite']}://", **options)
+        if own:
+            self._own = made
+        return made
 
     def file(self, path: Path, **options: Any) -> Any:
         """A new database in another SQLite file, with the tables."""
