@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 import dbscope
 from dbscope import Database
@@ -215,6 +216,29 @@ async def test_a_released_savepoint_is_undone_with_its_transaction(kit):
         assert 2 not in await amounts(kit)
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@twice
+async def test_a_savepoint_that_saved_nothing_makes_no_writer(kit, end):
+    """A session whose savepoint only read, or was rolled back, has only read: what others saved meanwhile stays."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        async with kit.scope():
+            session = kit.session()
+            await kit.done(session.scalars(select(Payment)))
+            savepoint = await kit.done(session.begin_nested())
+            await kit.done(session.scalars(select(Payment)))
+            if end == "rollback":
+                session.add(Payment(amount=2))
+                await kit.done(session.flush())
+            await kit.done(getattr(savepoint, end)())
+            other = kit.db.new_session()
+            other.add(Payment(amount=1))
+            await kit.done(other.commit())
+            await kit.done(other.close())
+            await kit.done(session.rollback())
+        assert await amounts(kit) == [1]
+
+
 @twice
 async def test_a_block_after_a_read_stays_inside(kit):
     """A transaction adopts what its session read before without ending the sandbox's own."""
@@ -303,6 +327,39 @@ async def test_after_a_sandbox_inside_the_outer_one_watches_on(kit):
 
 
 @twice
+async def test_what_is_left_open_in_a_sandbox_inside_another_is_found_at_its_end(kit):
+    """The inner sandbox finds what was left open in it, and the outer one goes on."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db, name="test outer")):
+        await pay(kit, 1)
+        with pytest.raises(LeftOpenError, match="test inner ended, but a session outside of every scope holds"):
+            async with kit.block(sandbox(kit.db, name="test inner")):
+                left = kit.db.new_session()
+                left.add(Payment(amount=2))
+                await kit.done(left.flush())
+        assert not left.in_transaction()
+        assert await amounts(kit) == [1]
+
+
+@twice
+async def test_a_transaction_from_before_cannot_end_in_a_sandbox_inside_another(kit):
+    """Its commit would take the inner sandbox's own beginning along: it is refused, and both undo their parts."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        await pay(kit, 1)
+        before = kit.db.new_session()
+        before.add(Payment(amount=2))
+        await kit.done(before.flush())
+        async with kit.block(sandbox(kit.db)):
+            await pay(kit, 3)
+            with pytest.raises(dbscope.OverlapError):
+                await kit.done(before.commit())
+            await kit.done(before.close())
+        assert await amounts(kit) == [1]
+    assert await amounts(kit) == []
+
+
+@twice
 async def test_a_scope_around_the_sandbox_goes_on_with_another_session(kit):
     """A session that a scope from before first opened in the sandbox ends with it, and is not found afterwards."""
     await ready(kit)
@@ -342,7 +399,7 @@ def test_one_sandbox_for_several_databases(tmp_path):
 
 
 async def test_one_sandbox_for_both_colours(tmp_path):
-    """With `async with`, sync databases may be given beside async ones."""
+    """With `async with`, sync databases may be given beside async ones, in a sandbox inside another, too."""
     needs.module("aiosqlite", extra="aiosqlite")
     db, adb = (
         Database(f"sqlite:///{tmp_path / 'a.db'}"),
@@ -356,12 +413,38 @@ async def test_one_sandbox_for_both_colours(tmp_path):
         async with dbscope.scope(commit="on-success"):
             db.session.add(Payment())
             adb.session.add(Payment())
+        async with sandbox(db, adb):
+            with db.reader() as session:
+                assert len(session.scalars(select(Payment)).all()) == 1
     with db.reader() as session:
         assert session.scalars(select(Payment)).all() == []
     async with adb.reader() as session:
         assert (await session.scalars(select(Payment))).all() == []
     db.dispose()
     await adb.dispose()
+
+
+@twice
+async def test_a_sandbox_that_cannot_begin_leaves_everything_as_it_was(kit, tmp_path):
+    """Where the second database is locked, the first is out of the sandbox again, and no connection is kept."""
+    await ready(kit)
+    path = tmp_path / "locked.db"
+    locked = kit.file(path, connect_args={"timeout": 0})
+    async with kit.reader(locked) as session:
+        await kit.done(session.scalars(select(Payment)))  # it has a connection, which is not what fails
+    outside = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+    async with kit.scope():
+        before = kit.session()
+        with outside.connect() as holder:
+            holder.exec_driver_sql("BEGIN IMMEDIATE")
+            with pytest.raises(OperationalError) as refused:  # whose traceback keeps what the sandbox forgot
+                async with kit.block(sandbox(kit.db, locked)):
+                    pytest.fail("it began")
+        assert "locked" in str(refused.value)
+        assert kit.session() is before
+        assert kit.checked_out() == kit.checked_out(locked) == 0
+    await pay(kit, 1)
+    assert await amounts(kit) == [1]
 
 
 @pytest.mark.parametrize("kind", ["aiosqlite", pytest.param("asyncpg", marks=pytest.mark.postgres)])
@@ -429,6 +512,22 @@ async def test_two_that_write_side_by_side_are_refused_by_name(kit):
         for word in ("scope 'import'", "scope 'report'", "the sandbox of test a", "database of their own"):
             assert word in str(error)
         assert await amounts(kit) == [3]
+
+
+@twice
+async def test_one_may_write_inside_of_another(kit):
+    """A session that writes and commits while another has written is through, and that one goes on and commits."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        async with kit.transaction() as outer:
+            outer.add(Payment(amount=1))
+            await kit.done(outer.flush())
+            inner = kit.db.new_session()
+            inner.add(Payment(amount=2))
+            await kit.done(inner.commit())
+            await kit.done(inner.close())
+            outer.add(Payment(amount=3))
+        assert await amounts(kit) == [1, 2, 3]
 
 
 @twice
