@@ -94,6 +94,18 @@ async def test_failures_1_a_plain_session_that_holds_the_pool_is_named(kit: Kit)
 
 
 @twice
+async def test_a_server_is_watched_from_its_first_connection(server_kit: Kit) -> None:
+    """The dialect asks that one what it can do before anybody has it: the watch stays out of the way, and then sees."""
+    application = Application(server_kit)
+    with dbscope.watch(application.engine):
+        async with session_of(server_kit, application) as session:
+            assert await server_kit.done(session.scalar(text("SELECT 42"))) == 42
+            assert [held.statement for held in holdings()] == ["SELECT 42"]
+        assert not holdings()
+    await application.close()
+
+
+@twice
 async def test_the_view_shows_what_is_held_as_long_as_it_is(kit: Kit) -> None:
     """With the scope's name, if there is one around; a transaction that is over leaves the connection idle."""
     application = Application(kit)

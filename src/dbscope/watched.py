@@ -263,7 +263,10 @@ class Watch:
         connection = context.root_connection
         hold: Hold | None = getattr(connection, "_hold", None)
         if hold is None or not hold.held:
-            hold = connection._hold = connection.info.get(_HOLD)
+            try:
+                hold = connection._hold = connection.info.get(_HOLD)
+            except NotImplementedError:  # a new connection, which the dialect asks what it can do: nobody has it yet
+                return None
             if hold is None:  # taken before it was watched
                 return None
         hold.executes(connection, statement)
