@@ -106,8 +106,8 @@ async def test_scopes_7_transactions_in_an_on_success_scope_join_it(kit: Kit) ->
 
 @twice
 async def test_transactions_2_an_on_success_scope_owns_its_transaction(kit: Kit) -> None:
-    """In an on-success scope `session.commit()` is refused, naming the scope."""
-    with pytest.raises(NotTheOwnerError, match="the transaction of scope 'request'"):
+    """In an on-success scope `session.commit()` is refused, naming the scope, and its line once."""
+    with pytest.raises(NotTheOwnerError, match=r"the transaction of scope 'request' \(begun at \S+\)\.\n"):
         async with kit.scope("request", commit="on-success"):
             session = kit.session()
             session.add(Payment(amount=1))

@@ -746,7 +746,9 @@ async def test_transactions_2_a_helpers_rollback_dooms_the_block(kit: Kit, where
         "registry": lambda session: kit.db.session.rollback(),
         "transaction": lambda session: session.get_transaction().rollback(),
     }
-    with pytest.raises(RollbackOnlyError, match=r"can only roll back: its transaction was rolled back at .*\.py:\d+"):
+    with pytest.raises(
+        RollbackOnlyError, match=r"can only roll back: it was rolled back at .*\.py:\d+.*\n.*set_rollback_only"
+    ):
         async with kit.transaction() as session:
             session.add(Payment(amount=1))
             await kit.done(session.flush())

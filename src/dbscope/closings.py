@@ -28,7 +28,10 @@ class Expiry(NamedTuple):
     at: float
 
     def __str__(self) -> str:
-        return f"{self.what} {f'of {self.owner} begun' if self.owner else ''}".rstrip() + f" at {spell(self.place)}"
+        if self.owner is None:
+            return f"{self.what} at {spell(self.place)}"
+        begun = f" begun at {spell(self.place)}" if self.place is not None else ""  # in a request by the middleware
+        return f"{self.what} of {self.owner}{begun}"
 
 
 class Closing(NamedTuple):

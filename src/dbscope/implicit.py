@@ -86,8 +86,8 @@ def open_implicit(source: Any) -> Scope:
     if running_loop() is not None and not in_ipython():
         raise NoScopeError(
             f"a session of {source.name} was asked for by {name_of(worker())} at {spell(here())}, outside of every "
-            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`; "
-            "around the requests of a web application, dbscope.integrations.asgi.ScopeMiddleware."
+            "scope: all tasks of this thread would share it.\nOpen one around the work: `async with scope(): ...`, for "
+            "each message of a websocket, too; dbscope.integrations.asgi.ScopeMiddleware does for each HTTP request."
         )
     home = _thread.home
     if home is None or home.ended:

@@ -153,6 +153,8 @@ class Owner:
         self.committed = False  # whatever fails from here on, the work is saved
 
     def __str__(self) -> str:
+        if self.place is None:  # a middleware's: the title names the request, and no line of the user's began it
+            return self.title
         return f"{self.title} (begun at {spell(self.place)})"
 
 
@@ -168,6 +170,9 @@ class Write:
         self.savepoint = savepoint
         self.task = task
         self.over = False
+
+
+ROLLED_BACK = "it was rolled back"  # by a failed flush, or by somebody who may have meant it
 
 
 class Doom:
@@ -328,6 +333,7 @@ class Lifecycle:
         error = RollbackOnlyError(
             f"{self.owner} can only roll back: {doom.why} at {spell(doom.place)}.\n"
             "Let the error out of the block, or put the part that may fail into `transaction(nested=True)`."
+            f"{' To undo all of it without an error, say `db.set_rollback_only()`.' if doom.why is ROLLED_BACK else ''}"
         )
         error.__cause__ = doom.cause
         return error
@@ -348,7 +354,7 @@ class Lifecycle:
             )
         raise NotTheOwnerError(
             f"{what} was called at {spell(here())}, inside {owner}.\n"
-            "Its owner commits when its block ends without an error.\n"
+            f"Its owner commits when its {'work' if owner.place is None else 'block'} ends without an error.\n"
             "Use `transaction(new=True)` for work that must commit now, or `nested=True` for a savepoint."
         )
 
@@ -543,7 +549,7 @@ class Lifecycle:
             return  # what follows is for the next transaction, and there will be none
         self.wrote = False
         if self.owner is not None and not self.acting:
-            self.doom = Doom("its transaction was rolled back", here(), None)
+            self.doom = Doom(ROLLED_BACK, here(), None)
         self.backend = self.sent = self.failed = None
         self.beside = self.others = ()
         self.read_first = False

@@ -444,7 +444,7 @@ class Scope:
         if source.is_async:
             self._loop = running_loop()
         if self.commit is not None:
-            title = f"the transaction of {self.describe()}"
+            title = f"the transaction of {f'scope {self.name!r}' if self.name else 'a scope'}"  # errors add the line
             life_of(session).own(Owner(title, self.place, immediate=self.writes))
         return self._own_sessions().setdefault(source, session)  # another thread of the same work may have been faster
 
@@ -612,7 +612,7 @@ class Scope:
         guests = getattr(self, "_guests", None)
         self._state = _ENDED
         self._sessions.clear()
-        end = End(self, here())
+        end = End(self, None if self.ending else here())  # a response's start is told, and no line of the user's did it
         for session in sessions:
             end_life(session, end)
         for session in sessions:

@@ -316,6 +316,25 @@ def test_failures_16_a_middleware_is_crossed(sync_kit: SyncKit) -> None:
     assert "the commit of the transaction begun at " in caught.value.__notes__[0]
 
 
+def test_failures_16_expired_by_the_commit_of_a_request(sync_kit: SyncKit) -> None:
+    """A middleware's commit is told by the name of its request: it has no line of the user's."""
+    from dbscope.integrations.wsgi import ScopeMiddleware
+
+    kept = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        kept.append(payment := Payment())
+        sync_kit.session().add(payment)
+        start_response("201 Created", [])
+        return []
+
+    ScopeMiddleware(app, "on-success")({"REQUEST_METHOD": "POST", "PATH_INFO": "/pay"}, lambda *_: None)
+    with pytest.raises(DetachedInstanceError) as caught:
+        with scope():
+            _ = kept[0].amount
+    assert "expired by the commit of the transaction of scope 'POST /pay', and" in caught.value.__notes__[0]
+
+
 def test_failures_16_an_asgi_middleware_is_crossed(async_kit: AsyncKit) -> None:
     """An ASGI application's, too, which reads after the response has begun, and so after its scope."""
     from dbscope.integrations.asgi import ScopeMiddleware

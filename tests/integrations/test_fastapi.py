@@ -462,7 +462,7 @@ def test_failures_9_a_websocket_opens_a_scope_for_each_message(any_kit):
                 assert json.loads(socket.recv(LIMIT)) == [number, 0]
         with pytest.raises(Exception, match="HTTP 500"):
             client.connect(f"ws://127.0.0.1:{port}/depends")
-    assert "async with scope()" in told[0]
+    assert "`async with scope(): ...`, for each message of a websocket" in told[0]
     assert any_kit.amounts() == [1, 2]
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import event, select, text
 from dbscope import (
     ConfigurationError,
     NoScopeError,
+    NotTheOwnerError,
     ScopeEndedError,
     UncommittedWrites,
     UncommittedWritesError,
@@ -435,7 +436,46 @@ async def test_failures_5_a_failed_commit_is_a_500(kit):
 
 
 @twice
-async def test_failures_9_work_after_the_response_is_told(kit):
+async def test_failures_19_a_commit_by_hand_in_a_request_that_is_committed(kit):
+    """The error names the request, and no line where its transaction began: that was the middleware's."""
+    told = []
+
+    async def endpoint():
+        with pytest.raises(NotTheOwnerError) as error:
+            await kit.done(kit.session().commit())
+        told.append(str(error.value).splitlines())
+        yield 200
+
+    assert (await get(kit, endpoint, "/orders", method="POST", commit="on-success")).status == 200
+    assert told[0][0].endswith("inside the transaction of scope 'POST /orders'.")
+    assert told[0][1] == "Its owner commits when its work ends without an error."
+
+
+@twice
+async def test_failures_19_a_rollback_by_hand_in_a_request_that_is_committed(kit):
+    """The answer is not sent, for its client would take the work for saved; the error says how to mean it."""
+
+    async def by_hand():
+        kit.session().add(Payment())
+        await kit.done(kit.session().flush())
+        await kit.done(kit.session().rollback())
+        yield 200
+
+    async def meant():
+        kit.session().add(Payment())
+        kit.db.set_rollback_only()
+        yield 200
+
+    answer = await get(kit, by_hand, method="POST", commit="on-success")
+    assert answer.status == 500
+    assert "`db.set_rollback_only()`" in str(answer.error)
+    answer = await get(kit, meant, method="POST", commit="on-success")
+    assert (answer.status, answer.error, kit.count()) == (200, None, 0)
+
+
+@pytest.mark.parametrize("commit", [None, "on-success"])
+@twice
+async def test_failures_9_work_after_the_response_is_told(kit, commit):
     """A stream or background task that asks for the request's session learns whose it was and what to do."""
     stories = []
 
@@ -449,9 +489,10 @@ async def test_failures_9_work_after_the_response_is_told(kit):
             stories.append(str(told.value))
         yield b"x"
 
-    assert (await get(kit, endpoint, "/orders")).status == 200
+    assert (await get(kit, endpoint, "/orders", commit=commit)).status == 200
     assert kit.checked_out() == 0
     for story in stories:
+        assert "ago at" not in story  # no line of the application's ended it: it would be one of the server's
         assert "of scope 'GET /orders'" in story or "in scope 'GET /orders'" in story
         assert "ended with the start of its response" in story
         assert "tests/integrations/test_requests.py:" in story
