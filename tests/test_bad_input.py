@@ -32,7 +32,17 @@ def database(colour: str) -> Any:
 
 
 @COLOURS
-@pytest.mark.parametrize("url", ["payments.db", "", "postgres//me:s3cret@host/x", "://me:s3cret@host", "s3cret@host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "payments.db",
+        "",
+        "postgres//me:s3cret@host/x",
+        "://me:s3cret@host",
+        "s3cret@host",
+        "postgresql://me@host:s3cret/x",
+    ],
+)
 def test_bad_input_a_url_that_cannot_be_parsed(colour: str, url: str) -> None:
     """What is no URL is refused with an example of one; the text, which may hold a password, is not shown."""
     with pytest.raises(ConfigurationError, match=r"not a database URL; it should look like 'sqlite:///") as caught:
@@ -50,6 +60,23 @@ def test_bad_input_an_unknown_dialect(colour: str) -> None:
 
 
 @COLOURS
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("postgres://me:s3cret@host/x", "Write 'postgresql'"),
+        ("postgresql://me:hal@f-s3cret@host/x", "as '%40'"),
+        ("sqlite://s3cret.db", "'sqlite:///payments.db'"),
+    ],
+)
+def test_bad_input_a_url_as_people_write_it_by_mistake(colour: str, url: str, remedy: str) -> None:
+    """The remedy is told, and nothing of the password."""
+    with pytest.raises(ConfigurationError) as caught:
+        database(colour)(url)
+    assert remedy in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@COLOURS
 @pytest.mark.parametrize("target", [None, 42, b"sqlite://", object()])
 def test_bad_input_what_is_no_target_at_all(colour: str, target: Any) -> None:
     """Something else than a URL, an engine or a session maker is refused, saying what is taken."""
@@ -64,6 +91,7 @@ def test_bad_input_what_is_no_target_at_all(colour: str, target: Any) -> None:
         ("async", "postgresql+asyncpg", 'pip install "dbscope[asyncpg]"'),
         ("async", "sqlite+aiosqlite", 'pip install "dbscope[aiosqlite]"'),
         ("sync", "mysql+pymysql", "pip install pymysql"),
+        ("sync", "mysql+mysqldb", "pip install mysqlclient"),
     ],
 )
 def test_bad_input_a_driver_that_is_not_installed(
@@ -71,7 +99,8 @@ def test_bad_input_a_driver_that_is_not_installed(
 ) -> None:
     """A driver that is missing is named, with the line that installs it, and without the password."""
     kind = database(colour)
-    monkeypatch.setitem(__import__("sys").modules, driver.partition("+")[2], None)
+    module = driver.partition("+")[2]
+    monkeypatch.setitem(__import__("sys").modules, {"mysqldb": "MySQLdb"}.get(module, module), None)
     url = f"{driver}:///x.db" if "sqlite" in driver else f"{driver}://me:s3cret@host/x"
     with pytest.raises(ConfigurationError, match="which is not installed") as caught:
         kind(url)

@@ -76,6 +76,7 @@ _EXTRAS = {
     "aiosqlite": "aiosqlite",
     "greenlet": "async",
 }
+_PACKAGES = {"MySQLdb": "mysqlclient"}  # of drivers that are installed by another name
 
 
 class SharedConnection(Shared, Protocol):
@@ -285,8 +286,9 @@ class BaseDatabase:
         if self.is_async:
             raise NoScopeError(
                 f"an async session of {self.name} was asked for by {name_of(worker())} at {spell(here())}, outside of "
-                "every scope: nobody would await its end.\nOpen one around the work: `async with scope(): ...`; "
-                "around the requests of a web application, dbscope.integrations.asgi.ScopeMiddleware."
+                "every scope: nobody would await its end.\nOpen one around the work: `async with scope(): ...`, "
+                "for each message of a websocket, too; dbscope.integrations.asgi.ScopeMiddleware does for each HTTP "
+                "request."
             )
         if not self.implicit_scopes:
             raise NoScopeError(
@@ -786,20 +788,30 @@ def url_of(target: Any, *, is_async: bool) -> URL:
         raise ConfigurationError(f"{mine} takes a URL, an engine or a configured session maker, not {target!r}.")
     try:
         url = make_url(target)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
         raise ConfigurationError(
             "this is not a database URL; it should look like 'sqlite:///payments.db' or "
             "'postgresql+psycopg://user:password@host/database'. (It is not shown, for it may hold a password.)"
         ) from None
+    if "@" in (url.host or ""):  # which a driver's error would quote
+        raise ConfigurationError(
+            "the URL has more than one '@': in a user's name or a password write it as '%40', and '/' as '%2F'. "
+            "(It is not shown, for it may hold a password.)"
+        )
     try:
         dialect = url.get_dialect()
         if is_async:  # psycopg answers to one name in both colours
             dialect = dialect.get_async_dialect_cls(url)
     except NoSuchModuleError:
+        hint = "Write 'postgresql'" if url.drivername == "postgres" else "Check the part of the URL before '://'"
         raise ConfigurationError(
-            f"SQLAlchemy knows no database {url.drivername!r}. Check the part of the URL before '://', "
-            "or install the package that brings it."
+            f"SQLAlchemy knows no database {url.drivername!r}. {hint}, or install the package that brings it."
         ) from None
+    if url.get_backend_name() == "sqlite" and url.host:
+        raise ConfigurationError(
+            "the URL of a SQLite file has three slashes, and four before an absolute path: 'sqlite:///payments.db', "
+            "'sqlite:////var/lib/payments.db'. This one names a server, which SQLite has none of."
+        )
     if is_async:
         dialect = dialect.get_async_dialect_cls(url)  # psycopg's name stands for both colours
     if dialect.is_async != is_async:
@@ -836,8 +848,10 @@ def make_engine(url: URL, create: Callable[..., Any], options: dict[str, Any]) -
         return create(url, **given), memory
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
-        how = f'pip install "dbscope[{extra}]"' if extra else f"pip install {error.name}"
-        raise ConfigurationError(f"{shown} needs the driver {error.name}, which is not installed: {how}") from error
+        package = f'"dbscope[{extra}]"' if extra else _PACKAGES.get(error.name or "", error.name)
+        raise ConfigurationError(
+            f"{shown} needs the driver {error.name}, which is not installed: pip install {package}"
+        ) from error
     except TypeError as error:
         known = [*inspect.signature(create_engine).parameters, *_POOL_OPTIONS, *_SESSION_OPTIONS]
         hints = [f"{name!r}: did you mean {close[0]!r}?" for name in options if (close := _like(name, known))]

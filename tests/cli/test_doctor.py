@@ -177,7 +177,7 @@ def test_sqlites_settings_are_found_and_nothing_is_changed(driver, tmp_path):
 def test_a_file_that_is_not_there_is_not_made(tmp_path, capsys):
     """It could not be checked."""
     assert main(["doctor", f"sqlite:///{tmp_path / 'none.db'}"]) == 2
-    assert "unable to open database file" in capsys.readouterr().err
+    assert "none.db: unable to open database file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -271,6 +271,9 @@ def test_drivers_are_judged(driver, version, said, monkeypatch):
     ("given", "complaint"),
     [
         ("payments:secret@", "this is not a database URL"),
+        ("payments", "no module:name, such as shop.database:db"),
+        ("postgresql://user@127.0.0.1:secret/x", "this is not a database URL"),
+        ("postgresql+psycopg://user:o@secret@127.0.0.1/x", "as '%40'"),
         ("postgresql+psycopg://user:secret@127.0.0.1:1/x", "onnection refused"),
         ("postgresql+psycopg://127.0.0.1:1/x?password=secret", "onnection refused"),
         ("oracle+nothing://user:secret@localhost/x", "SQLAlchemy knows no database"),
@@ -343,6 +346,9 @@ def test_the_url_may_be_in_the_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
     assert main(["doctor"]) == 0
     assert "a database in memory" in capsys.readouterr().out
+    monkeypatch.setenv("DATABASE_URL", "payments")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("dbscope doctor: DATABASE_URL: this is not a database URL")
     monkeypatch.delenv("DATABASE_URL")
     with pytest.raises(SystemExit) as ended:
         main(["doctor"])

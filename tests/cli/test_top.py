@@ -214,6 +214,7 @@ def test_a_pipe_gets_plain_lines(folder: Path, shop: "subprocess.Popen[str]", po
     assert "<string>:10" in row
     assert row.endswith("-- nightly-report")
     assert "\033" not in done.stdout
+    assert "nothing of what was asked for is held; others: 2" in top(folder, "--match", "luck").stdout
     by_scope = [row["scope"] for row in mine(told(folder, "--sort", "scope"))]
     assert by_scope == ["GET /orders", "nightly-report"]
 
@@ -229,8 +230,9 @@ def test_database_url_is_used_if_it_is_a_postgresql(
 
 
 def test_nobody_answers(folder: Path) -> None:
-    """Status 1, and what may be the reason."""
+    """Status 1, what may be the reason, and where was looked."""
     done = top(folder)
+    assert f"Looked in {folder / 'dbscope'}." in done.stderr
     assert (done.returncode, done.stdout) == (1, "")
     assert "no process answers" in done.stderr
     assert "DBSCOPE_MONITOR" in done.stderr
@@ -252,6 +254,7 @@ def test_a_server_that_is_out_of_reach(folder: Path, shop: "subprocess.Popen[str
     ("given", "complaint"),
     [
         (["--url", "app:swordfish"], "this is not a database URL"),
+        (["--url", "postgresql://app:o@swordfish@h/shop"], "as '%40'"),
         (["--url", "sqlite:///x.db"], "sqlite has no pg_stat_activity"),
         (["--interval", "0"], "'0' is not a number of seconds"),
         (["--sort", "luck"], "held"),

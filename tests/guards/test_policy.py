@@ -5,6 +5,8 @@ import warnings
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
 
 from dbscope import ConfigurationError, GuardError, GuardWarning, guards
 from dbscope.events import HookRun
@@ -100,6 +102,13 @@ def test_bad_levels(options: Any, message: str) -> None:
     """The error names what there is, and nothing is changed."""
     with pytest.raises(ConfigurationError, match=message):
         guards.configure(**options)
+
+
+@pytest.mark.parametrize("database", ["shop", create_engine("sqlite://"), sessionmaker()])
+def test_levels_of_what_is_no_database(database: Any) -> None:
+    """An engine's would count for nothing: the error says what has levels."""
+    with pytest.raises(ConfigurationError, match=r"for a Database, .* or what watch\(engine\) gave, not for a "):
+        guards.configure(database, long_scope="off")
 
 
 def test_the_same_warning_is_shown_once(guard: Suspicious) -> None:

@@ -154,7 +154,13 @@ def target_of(given: str, pool_size: int | None, max_overflow: int | None) -> Ta
         CannotCheck: nothing that is known; or it cannot be imported.
         DBScopeError: the URL is none, or its driver is missing.
     """
-    if "://" in given or not re.fullmatch(r"[\w.]+:[\w.]+", given):
+    named = re.fullmatch(r"[\w.]+:[\w.]+", given)
+    if not named and "://" not in given:
+        raise CannotCheck(
+            "this is not a database URL, such as 'postgresql+psycopg://user:password@host/database', and no "
+            "module:name, such as shop.database:db. (It is not shown, for it may hold a password.)"
+        )
+    if not named:
         size = POOL_SIZE if pool_size is None else pool_size
         overflow = MAX_OVERFLOW if max_overflow is None else max_overflow
         return of_url(given, float("inf") if size == 0 or overflow < 0 else size + overflow)
@@ -166,7 +172,7 @@ def target_of(given: str, pool_size: int | None, max_overflow: int | None) -> Ta
 def of_url(given: str, each: float) -> Target:
     try:
         is_async = make_url(given).get_dialect().is_async
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, NoSuchModuleError, ValueError):
         is_async = False  # what is wrong is told below
     url = url_of(given, is_async=is_async)
     create: Any = create_engine
@@ -258,17 +264,19 @@ def doctor(
         CannotCheck: it could not be checked.
     """
     urls: list[URL] = []
+    whose = ""
     if "://" in given:
-        with contextlib.suppress(ArgumentError):
+        with contextlib.suppress(ArgumentError, ValueError):
             urls.append(make_url(given))
     try:
         target = target_of(given, pool_size, max_overflow)
         urls.append(target.engine.url)
+        whose = f"{target.shown}: "
         return _in_time(partial(_examine, target, processes), patience)
     except (DBScopeError, SQLAlchemyError, OSError, ImportError, ValueError, CannotCheck) as error:
         ours = isinstance(error, DBScopeError)  # it shows no password, and often a URL, whose user may have that name
         secrets = [secret for url in urls for secret in secrets_of(url, options_only=ours)]
-        raise CannotCheck(without(one_line(error), secrets)) from None
+        raise CannotCheck(f"{whose}{without(one_line(error), secrets)}") from None
 
 
 def _examine(target: Target, processes: int) -> Report:
@@ -377,7 +385,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except CannotCheck as error:
         if options.json:
             print(json.dumps({"ok": False, "error": str(error)}))
-        print(f"dbscope doctor: {error}", file=sys.stderr)
+        source = "" if options.target else "DATABASE_URL: "
+        print(f"dbscope doctor: {source}{error}", file=sys.stderr)
         return 2
     holds = report.holds(strict=options.strict)
     if options.json:

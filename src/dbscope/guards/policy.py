@@ -141,6 +141,11 @@ def set_levels(levels: Mapping[str, Level], database: Any = None) -> None:
             raise ConfigurationError(f"there is no guard {name!r}. There are: {', '.join(sorted(_guards))}.")
         if level not in get_args(Level):
             raise ConfigurationError(f'the level of a guard is "off", "log", "warn" or "raise", not {level!r}.')
+    if database is not None and not hasattr(database, "holders"):  # what a database and a watch have
+        raise ConfigurationError(
+            f"the levels of guards are set for a Database, an AsyncDatabase or what watch(engine) gave, not for a "
+            f"{type(database).__name__}."
+        )
     if database is None:
         _levels.update(levels)
     else:

@@ -75,6 +75,8 @@ class Server:
             raise ConfigurationError(
                 "this is not a database URL, such as postgresql://user@host/name."
             ) from None  # whose message may quote it, with its password
+        if "@" in (parsed.host or ""):  # which an error of the driver's would quote
+            raise ConfigurationError("the URL has more than one '@': in a password write it as '%40'.")
         if backend != "postgresql":
             raise ConfigurationError(f"{backend} has no pg_stat_activity; processes tell of it by themselves.")
         self.url = parsed

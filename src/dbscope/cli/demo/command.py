@@ -147,7 +147,7 @@ def both_urls(given: str) -> tuple[URL, URL]:
     """
     try:
         url = make_url(given)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise CannotRun("this is not a database URL, such as postgresql+psycopg://user@host/name") from None
     backend, _, driver = url.drivername.partition("+")
     if backend == "sqlite" and driver in ("", "pysqlite", "aiosqlite"):

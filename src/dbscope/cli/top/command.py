@@ -13,6 +13,7 @@ from dbscope.cli.top.rows import Picture, arranged, as_json, picture
 from dbscope.errors import ConfigurationError
 from dbscope.monitor.activity import Server
 from dbscope.monitor.client import ask_all
+from dbscope.monitor.server import folders
 
 __all__ = ["CannotRun", "Sources", "run"]
 
@@ -100,7 +101,7 @@ def _once(options: argparse.Namespace, sources: Sources) -> int:
     for problem in shown.problems:
         print(f"dbscope top: {problem}", file=sys.stderr)
     if not shown.programs and not shown.server:
-        print(f"dbscope top: {NOBODY}", file=sys.stderr)
+        print(f"dbscope top: {NOBODY} Looked in {', '.join(map(str, folders()))}.", file=sys.stderr)
         return 1
     return 0 if sources.reached else 1
 

@@ -29,7 +29,7 @@ def lines(shown: Picture, rows: Sequence[Row]) -> Iterator[str]:
         yield ""
     yield from _table(HEADS, [_cells(row) for row in rows])
     if not rows:
-        yield "nothing is held"
+        yield f"nothing of what was asked for is held; others: {len(shown.rows)}" if shown.rows else "nothing is held"
     for pool in shown.pools:
         if pool.unnamed:
             yield f"{pool.database}, process {pool.process}: {pool.unnamed} more taken from the engine, by no session"
