@@ -5,6 +5,7 @@ import contextvars
 import inspect
 import itertools
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -360,3 +361,20 @@ def test_a_database_says_whose_session_it_is():
     with Database("sqlite://", name="the ledger") as db:
         assert repr(db.session) == "<the session of the ledger in the current scope>"
         assert not db.session.registry.has()
+
+
+@pytest.mark.parametrize(
+    "use", [lambda db: db.session.add(Payment()), lambda db: db.session.new, lambda db: db.session()]
+)
+@twice
+async def test_tracebacks_quote_nothing_that_is_not_there(kit, use):
+    """The members are generated: neither a line of another file's is shown, nor how the look-up was done."""
+    async with kit.scope():
+        inherited = contextvars.copy_context()
+    with pytest.raises(ScopeEndedError) as caught:
+        inherited.run(use, kit.db)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "KeyError" not in shown
+    generated = [frame for frame in caught.traceback if "(generated)" in str(frame.frame.code.raw.co_filename)]
+    assert not any(traceback.FrameSummary(str(frame.path), frame.lineno + 1, "").line for frame in generated)
+    assert "import" not in shown

@@ -57,7 +57,8 @@ def look_up(source: Any) -> LookUp:
             try:
                 return home._sessions[source]
             except KeyError:
-                return home.open(source)
+                pass  # what `open` raises is not to have this as its context
+            return home.open(source)
         if running_loop() is None:
             home = thread.home
             if home is not None:
@@ -233,6 +234,8 @@ _LOOK_UP = """
         try:
             session = home._sessions[self._source]
         except KeyError:
+            session = None
+        if session is None:  # not in the `except`, which tracebacks of what is raised there would show first
             session = home.open(self._source)
 """
 _ATTRIBUTE = f"""
@@ -250,9 +253,10 @@ _FOUND_BY_REGISTRY = """
 
 
 def _generate(template: str, **names: str) -> dict[str, Any]:
-    # Under this module's and file's names, so that errors do not take it for the user's line.
+    # Under this module's name, so that errors do not take it for the user's line; and under that of no file, of which
+    # tracebacks would quote a line that has nothing to do with it.
     made: dict[str, Any] = {"_get": _get, "__name__": __name__}
-    exec(compile(template.format(**names), __file__, "exec"), made)
+    exec(compile(template.format(**names), f"{__file__} (generated)", "exec"), made)
     return made
 
 
