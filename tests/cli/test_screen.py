@@ -108,6 +108,14 @@ def test_an_audit_that_holds():
     assert "The books hold. 1234 requests in 7.4 s" in "\n".join(shown(screen.verdict(FACTS, HELD)))
 
 
+def test_a_narrow_audit_still_names_what_caught_a_mistake():
+    """The sentence takes more lines; the name of the error or guard is what one looks for."""
+    lines = [line for part in screen.findings(HELD) for line in shown(part, width=60)]
+    assert max(map(len, lines)) <= 60
+    assert any("UncommittedWritesError" in line and line.endswith("389") for line in lines)
+    assert any("idle_in_transaction" in line for line in lines)
+
+
 def test_an_audit_that_fails():
     """What does not hold says FAILED, and the first faults are listed; all of them where asked for."""
     text = audited(FAILED)

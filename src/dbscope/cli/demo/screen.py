@@ -93,10 +93,10 @@ def findings(audit: Audit, *, every: bool = False) -> Iterator[RenderableType]:
     mistakes = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     mistakes.add_column("", min_width=6)
     mistakes.add_column("", justify="right")
-    mistakes.add_column("a handler that...", no_wrap=True)
-    mistakes.add_column("caught", justify="right")
-    mistakes.add_column("by")
-    mistakes.add_column("line", justify="right")
+    mistakes.add_column("a handler that...")  # what may take several lines where there is little room
+    mistakes.add_column("caught", justify="right", no_wrap=True)
+    mistakes.add_column("by", no_wrap=True)
+    mistakes.add_column("line", justify="right", no_wrap=True)
     for mistake in audit.mistakes:
         what = str(mistake.number), mistake.mistake, f"{mistake.caught}/{mistake.sent}", mistake.by
         mistakes.add_row(_verdict(mistake.holds), *what, mistake.line.rpartition(":")[2])
