@@ -135,6 +135,23 @@ def test_installed_twice_is_refused(module):
             module.ScopeMiddleware(visible)
 
 
+def wsgi_application(environ, start_response):
+    """One that nobody calls."""
+
+
+async def asgi_application(scope, receive, send):
+    """Another one."""
+
+
+@pytest.mark.parametrize(
+    ("module", "app", "other"), [(asgi, wsgi_application, "wsgi"), (wsgi, asgi_application, "asgi")]
+)
+def test_the_middleware_of_the_other_kind_is_refused(module, app, other):
+    """They have one name: which one is meant is told where it is put together, and not by a request's TypeError."""
+    with pytest.raises(ConfigurationError, match=rf"application.*\n.*dbscope\.integrations\.{other}\.ScopeMiddleware"):
+        module.ScopeMiddleware(app)
+
+
 # -- who commits -------------------------------------------------------------------------------------------------------
 
 

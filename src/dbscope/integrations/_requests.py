@@ -1,5 +1,6 @@
 """What the middlewares share: the scope of a request, its name, and whether it is committed."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -53,7 +54,27 @@ def refuse_twice(app: Any, middleware: type) -> None:
 
 def twice(app: object) -> ConfigurationError:
     """The error for an application that has scopes already."""
-    return ConfigurationError(f"{app!r} has scopes already. Install one ScopeMiddleware, around the whole application.")
+    whose = "the application" if type(app).__module__.startswith("dbscope.") else repr(app)
+    return ConfigurationError(f"{whose} has scopes already. Install one ScopeMiddleware, around the whole application.")
+
+
+def refuse_other(app: Any, kind: str, *taken: str) -> None:
+    """Raise if an application cannot be called as its middleware will: that is the one of the other kind.
+
+    Both are called ScopeMiddleware, and an editor imports whichever it finds first.
+    """
+    try:
+        calls = inspect.signature(app, follow_wrapped=False)
+    except (TypeError, ValueError):  # something that does not tell
+        return
+    try:
+        calls.bind(*taken)
+    except TypeError:
+        other = "asgi" if kind == "WSGI" else "wsgi"
+        raise ConfigurationError(
+            f"{app!r} is no {kind} application: it is not called with ({', '.join(taken)}).\n"
+            f"Use dbscope.integrations.{other}.ScopeMiddleware if it is one of {other.upper()}'s."
+        ) from None
 
 
 def _failed(status: int) -> bool:

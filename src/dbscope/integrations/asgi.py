@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dbscope.errors import ConfigurationError
-from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_twice
+from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_other, refuse_twice
 from dbscope.integrations._starlette import refuse
 from dbscope.scope import Colour, Commit
 from dbscope.where import running_loop
@@ -34,8 +34,8 @@ class ScopeMiddleware:
         veto: with `"on-success"`, called with the status instead of comparing it with 400; true rolls back.
 
     Raises:
-        ConfigurationError: an option is not one of these, or `app` is wrapped already. Where a framework makes it, and
-            for what is wrong with a Starlette or FastAPI application: when the server starts it.
+        ConfigurationError: an option is not one of these, `app` is wrapped already, or is none of ASGI's. Where a
+            framework makes it, and for what is wrong with a Starlette or FastAPI application: when the server starts.
 
     >>> async def app(scope, receive, send): ...
     >>> app = ScopeMiddleware(app, commit="on-success")
@@ -48,6 +48,7 @@ class ScopeMiddleware:
         try:
             self.policy = Policy(app, commit, veto)
             refuse_twice(app, ScopeMiddleware)
+            refuse_other(app, "ASGI", "scope", "receive", "send")
         except ConfigurationError as error:
             if running_loop() is None:
                 raise

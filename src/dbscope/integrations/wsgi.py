@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_twice
+from dbscope.integrations._requests import KEY, Policy, RequestScope, Veto, refuse_other, refuse_twice
 from dbscope.scope import Colour, Commit
 
 __all__ = ["ScopeMiddleware"]
@@ -29,7 +29,7 @@ class ScopeMiddleware:
         veto: with `"on-success"`, called with the status instead of comparing it with 400; true rolls back.
 
     Raises:
-        ConfigurationError: an option is not one of these, or `app` is wrapped already.
+        ConfigurationError: an option is not one of these, `app` is wrapped already, or is none of WSGI's.
 
     >>> def app(environ, start_response): ...
     >>> app = ScopeMiddleware(app, commit="on-success")
@@ -38,6 +38,7 @@ class ScopeMiddleware:
     def __init__(self, app: WSGIApplication, commit: Commit = None, *, veto: Veto | None = None) -> None:
         self.policy = Policy(app, commit, veto)
         refuse_twice(app, ScopeMiddleware)
+        refuse_other(app, "WSGI", "environ", "start_response")
         self.app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
