@@ -404,3 +404,20 @@ def test_scopes_6_an_interrupt_waits_for_the_parts(sync_kit):
         sync_kit.db.fan_out(part, items)
     assert sync_kit.checked_out() == 0
     assert sync_kit.db.slots.used == 0
+
+
+@pytest.mark.parametrize("call", ["fan_out", "run"])
+@twice
+async def test_what_is_no_function_is_told_by_the_call_that_was_given_it(kit, call):
+    """As `fan_out(work(1), ...)` gives it: the error names the call."""
+    with pytest.raises(ConfigurationError, match=rf"^{call}\(\) is given a function, .*; this is None\."):
+        await kit.done(getattr(kit.db, call)(None, [1]))
+
+
+def test_a_coroutine_function_is_not_fanned_out_in_threads(sync_kit):
+    """Nobody would await what it gives."""
+
+    async def part(item): ...
+
+    with pytest.raises(ConfigurationError, match=r"part is a coroutine function, and .* a sync database"):
+        sync_kit.db.fan_out(part, [1])

@@ -50,7 +50,7 @@ from dbscope.database import (
     session_options,
     url_of,
 )
-from dbscope.errors import DBScopeError, OverlapError
+from dbscope.errors import ConfigurationError, DBScopeError, OverlapError
 from dbscope.fanout import afan_out
 from dbscope.hooks import Hook, settle
 from dbscope.instrument import instrument_sessions
@@ -250,6 +250,8 @@ class AsyncDatabase(BaseDatabase, Generic[S]):
 
     async def run(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts, retry: Retry | int = 3) -> R:
         """Async version of `Database.run`, for a coroutine function. A cancel ends a pause at once."""
+        if not callable(function):
+            raise ConfigurationError(f"run() is given a function, and its arguments follow it; this is {function!r}.")
         return await transactional(self, function, DEFAULT, retry)(*args)
 
     def on_commit(

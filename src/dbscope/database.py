@@ -642,6 +642,8 @@ class Database(BaseDatabase, Generic[S]):
             TransactionInProgress: a managed transaction is open, of which this would be a part.
             Exception: what came out of the last attempt.
         """
+        if not callable(function):
+            raise ConfigurationError(f"run() is given a function, and its arguments follow it; this is {function!r}.")
         return transactional(self, function, DEFAULT, retry)(*args)
 
     def on_commit(self, function: Callable[..., Any], /, *args: Any, robust: bool = False, **kwargs: Any) -> None:

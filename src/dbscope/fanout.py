@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
 from dbscope.errors import ConfigurationError, FanOutError
@@ -110,7 +111,9 @@ class Share:
         self.slots.wake()
 
 
-def _check(items: Iterable[T], limit: int | None) -> list[T]:
+def _check(function: Any, items: Iterable[T], limit: int | None) -> list[T]:
+    if not callable(function):
+        raise ConfigurationError(f"fan_out() is given a function, and the items to call it with; this is {function!r}.")
     if limit is not None and limit < 1:
         raise ConfigurationError(f"a fan-out's limit is a number from 1 up, not {limit!r}.")
     return list(items)
@@ -126,7 +129,12 @@ def fan_out(
     limit: int | None,
 ) -> list[R]:
     """The parts in threads; see `Database.fan_out`."""
-    given = _check(items, limit)
+    given = _check(function, items, limit)
+    if iscoroutinefunction(function):
+        raise ConfigurationError(
+            f"{title(function)} is a coroutine function, and {source.name} is a sync database, whose fan_out() runs "
+            "functions in threads. Use an AsyncDatabase, or a plain function."
+        )
     if not given:
         return []
     place, called = here(), name or title(function)
@@ -181,7 +189,7 @@ async def afan_out(
     limit: int | None,
 ) -> list[R]:
     """The parts in tasks; see `AsyncDatabase.fan_out`."""
-    given = _check(items, limit)
+    given = _check(function, items, limit)
     if not given:
         return []
     place, called = here(), name or title(function)
