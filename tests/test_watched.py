@@ -230,6 +230,38 @@ def test_a_connection_that_is_dropped_is_given_back_all_the_same(sync_kit: SyncK
     application.engine.dispose()
 
 
+def test_a_refusal_keeps_no_connection_that_is_dropped(sync_kit: SyncKit, alone: None) -> None:
+    """An error's traceback knows the frames that it went through, and these know the session."""
+    application = Application(sync_kit)
+
+    def work() -> None:
+        session = Session(application.engine)
+        session.execute(text("SELECT 41"))
+        look(0)
+        look(6)
+        session.execute(text("SELECT 42"))
+
+    with dbscope.watch(application.engine) as watch:
+        guards.configure(watch, idle_in_transaction="raise")
+        with pytest.raises(GuardError) as caught:
+            work()
+        del caught
+        gc.collect()
+        assert application.engine.pool.checkedout() == 0
+    application.engine.dispose()
+
+
+def test_who_looks_at_a_lost_connection_leaves_it_alone(sync_kit: SyncKit) -> None:
+    """It is held until its session ends; nobody connects again on its session's behalf, and the view goes on."""
+    with dbscope.watch(sync_kit.db), dbscope.scope("unlucky"):
+        connection = sync_kit.session().connection()
+        connection.invalidate()
+        assert [held.scope for held in holdings()] == ["unlucky"]
+        connection.rollback()
+        assert [held.scope for held in holdings()] == ["unlucky"]
+        assert connection.invalidated
+
+
 def test_whoever_listens_to_statements_is_told_of_each(sync_kit: SyncKit) -> None:
     """Before and after the watch."""
     application = Application(sync_kit)

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from dbscope import fork
 from dbscope.aborted import sqlstate
 from dbscope.engines import told_pid
-from dbscope.lifecycle import Lifecycle, life_of
+from dbscope.lifecycle import Lifecycle, life_of, taken_by
 from dbscope.lockwatch import AHEAD, Watch, ask_anew
 from dbscope.where import ago, name_of, spell, worker
 
@@ -170,10 +170,8 @@ def _address(engine: Engine) -> tuple[Any, ...]:
 
 
 def _pid_of(life: Lifecycle) -> int | None:
-    connection = life.connection
+    taken = taken_by(life.connection)
     try:
-        if connection is None or connection.closed or connection.invalidated:
-            return None
-        return told_pid(connection.connection.driver_connection)
+        return None if taken is None else told_pid(taken.driver_connection)
     except Exception:  # it ends at this very moment, in another thread
         return None

@@ -66,6 +66,7 @@ __all__ = [
     "commits_at_once",
     "end_life",
     "life_of",
+    "taken_by",
     "wake",
 ]
 
@@ -676,9 +677,17 @@ class Lifecycle:
 
 def wake() -> None:
     """A connection was taken: whoever watches has something to look at."""
-    with contextlib.suppress(IndexError):  # that was the last one, or another thread was faster
-        while True:
-            sleepers.pop()()
+    for _ in range(len(sleepers)):  # and not until there is none: who could not begin waits for the next connection
+        with contextlib.suppress(IndexError):  # another thread was faster
+            sleepers.pop(0)()
+
+
+def taken_by(connection: Any) -> Any | None:
+    """What a connection has of its pool; None where that is lost, or given back: `Connection.connection` takes another.
+
+    For who looks from another thread.
+    """
+    return getattr(connection, "_dbapi_connection", None)
 
 
 def commits_at_once(connection: Connection) -> bool:

@@ -7,8 +7,9 @@ Nothing here may keep a connection alive that its user has dropped, and so a hol
 import sys
 import threading
 import time
+from copy import copy
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from weakref import ref
 
 from sqlalchemy import event
@@ -19,7 +20,7 @@ from dbscope import fork, lifecycle
 from dbscope.connection import OwnedConnection
 from dbscope.errors import ConfigurationError, GuardError
 from dbscope.events import EngineMade, SessionDropped, SyncOnLoop, emit, log
-from dbscope.lifecycle import State, commits_at_once
+from dbscope.lifecycle import State, commits_at_once, taken_by
 from dbscope.scope import Scope, current_scope
 from dbscope.where import UNKNOWN, Place, Worker, here, is_between, running_loop, thread_id, worker
 
@@ -32,13 +33,14 @@ _on_loop, _dropped, _made = SyncOnLoop.observers, SessionDropped.observers, Engi
 _installing = threading.Lock()
 
 
-class _Taken(NamedTuple):
+class _Taken:
     """What is asked of a session's connection, for one that has no session that we know of."""
 
-    engine: Engine
-    connection: Any
-    closed: bool = False
-    invalidated: bool = False
+    __slots__ = ("_dbapi_connection", "engine")
+
+    def __init__(self, engine: Engine, record: Any) -> None:
+        self.engine = engine
+        self._dbapi_connection = record
 
 
 class Hold:
@@ -105,7 +107,7 @@ class Hold:
                 self.undone = None
             self._transaction = None if transaction is None else ref(transaction)
         elif self.undone is not None:
-            raise self.undone
+            raise copy(self.undone)  # whose own traceback would keep what was dropped, and so the connection
         self.sent = statement
         self.statements += 1
 
@@ -171,11 +173,11 @@ class Watch:
     def holders(self) -> list["ref[Hold]"]:
         """What is held, except by sessions that know more of themselves."""
         known = {
-            id(taken.connection.dbapi_connection)
+            id(taken.dbapi_connection)
             for database in list(fork.databases)
             if not isinstance(database, Watch) and database._sync_engine.pool is self._sync_engine.pool
             for life in [reference() for reference in list(database.holders)]
-            if life is not None and (taken := life.connection) is not None and not taken.closed
+            if life is not None and (taken := taken_by(life.connection)) is not None
         }
         return [ref(hold) for hold in list(self._held) if id(hold._record.dbapi_connection) not in known]
 

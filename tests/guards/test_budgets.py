@@ -137,6 +137,53 @@ def test_the_thread_looks_while_something_is_open_and_sleeps_otherwise(sync_kit:
     assert {"idle_in_transaction", "long_transaction"} >= set(names(found))
 
 
+def test_a_thread_that_cannot_begin_is_no_matter_of_the_work(
+    sync_kit: SyncKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system has none to give, or the interpreter ends: the work is saved, and the next one wakes it."""
+    own = budgets._Watcher()
+    own._guards = [*budgets._watcher._guards]
+    monkeypatch.setattr(lifecycle, "sleepers", [own.wake])
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as exhausted:
+        exhausted.setattr(threading.Thread, "start", refuse)
+        with sync_kit.db.transaction() as session:
+            session.execute(text("INSERT INTO payments (amount) VALUES (1)"))
+    assert sync_kit.amounts() == [1]
+    with sync_kit.db.reader() as session:
+        session.scalar(text("SELECT 1"))
+    assert own._thread is not None
+    own._guards = []
+    own._awake.set()
+    own._thread.join(LIMIT)
+
+
+def test_statement_36_the_thread_sleeps_while_only_work_apart_is_open(
+    sync_kit: SyncKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing for it to look at, for hours."""
+    own = budgets._Watcher()
+    own._guards = [*budgets._watcher._guards]
+    looks = []
+
+    def look(now: float) -> bool:
+        looks.append(now)
+        if len(looks) == 3:
+            own._guards = []
+        return budgets._Watcher.look(own, now)
+
+    monkeypatch.setattr(own, "look", look)
+    monkeypatch.setattr(own._awake, "wait", lambda *_: own._guards.clear())
+    with sync_kit.db.apart("back-fill") as apart, apart.transaction() as session:
+        session.scalar(text("SELECT 1"))
+        own._run()
+    lifecycle.sleepers.remove(own.wake)
+    assert len(looks) == 1
+
+
 def asleep() -> None:
     """Wait until the thread has nothing to look at, and the core is to wake it."""
     wait_for(lambda: budgets._watcher.wake in lifecycle.sleepers)

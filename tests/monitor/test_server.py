@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from dbscope import ConfigurationError, Database, monitor, scope
+from dbscope import ConfigurationError, Database, lifecycle, monitor, scope
 from dbscope.monitor import client, server
 from dbscope.monitor.snapshot import without_secrets
 from tests.support import needs
@@ -367,6 +367,19 @@ def test_a_folder_that_cannot_be_is_explained(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigurationError, match="too long"):
         monitor.serve(long)
     server._server.chosen = []
+
+
+def test_a_thread_that_cannot_begin_is_no_matter_of_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has none to give: the next connection asks for it again."""
+    own = server._Server()
+    monkeypatch.setattr(lifecycle, "sleepers", [own.wake])
+
+    def refuse(target: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(server, "_start", refuse)
+    lifecycle.wake()
+    assert lifecycle.sleepers == [own.wake]
 
 
 def test_serve_and_stop_may_be_called_again(folder: Path) -> None:

@@ -7,6 +7,7 @@ next connection that a session takes.
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -102,6 +103,17 @@ class LongScope(_Budget):
         )
 
 
+def _open() -> Iterator[tuple[Any, Lifecycle]]:
+    """What holds a connection, and should not do so for long, with its database."""
+    for database in list(fork.databases):
+        if database.apart_for is not None:
+            continue  # it is long on purpose
+        for reference in list(database.holders):
+            life = reference()
+            if life is not None and life.connection is not None:
+                yield database, life
+
+
 @dataclass
 class _Seen:
     """What the last looks at a session's transaction saw."""
@@ -138,8 +150,15 @@ class _Watcher:
         """A connection was taken."""
         self._awake.set()
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="dbscope-guards", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="dbscope-guards", daemon=True)
+            try:
+                thread.start()
+            except (
+                RuntimeError
+            ):  # the system has none to give, or the interpreter ends: no matter of whose work this is
+                self._arm()
+            else:
+                self._thread = thread
 
     def _run(self) -> None:
         while self._guards:
@@ -151,7 +170,7 @@ class _Watcher:
                 open_now = True
             if not open_now:
                 self._arm()
-                if any(reference() for database in list(fork.databases) for reference in list(database.holders)):
+                if any(True for _ in _open()):
                     continue  # one was taken before it was armed
                 self._awake.wait()
             else:
@@ -164,20 +183,14 @@ class _Watcher:
             whether there are any.
         """
         before, self._seen = self._seen, {}
-        for database in list(fork.databases):
-            if database.apart_for is not None:
-                continue  # it is long on purpose
-            lives: list[Lifecycle | None] = [reference() for reference in list(database.holders)]
-            for life in lives:
-                if life is None or life.connection is None:
-                    continue
-                seen = before.get(id(life))
-                if seen is None or seen.life() is not life or seen.since != life.since:
-                    seen = _Seen(ref(life), life.since, life.statements, now, set())
-                elif seen.statements != life.statements or life.state == "active":
-                    seen.statements, seen.quiet = life.statements, now
-                self._seen[id(life)] = seen
-                self._judge(database, life, seen, now)
+        for database, life in _open():
+            seen = before.get(id(life))
+            if seen is None or seen.life() is not life or seen.since != life.since:
+                seen = _Seen(ref(life), life.since, life.statements, now, set())
+            elif seen.statements != life.statements or life.state == "active":
+                seen.statements, seen.quiet = life.statements, now
+            self._seen[id(life)] = seen
+            self._judge(database, life, seen, now)
         return bool(self._seen)
 
     def _judge(self, database: Any, life: Lifecycle, seen: _Seen, now: float) -> None:
@@ -198,7 +211,7 @@ class _Watcher:
             try:
                 guard.found(message, database=database, place=life.taken)
             except GuardError as error:
-                life.undone = error  # the transaction's next statement raises it
+                life.undone = error.with_traceback(None)  # the transaction's next statement raises it
 
     def after_fork(self) -> None:
         """In the child: the thread is the parent's."""

@@ -118,8 +118,10 @@ class _Server:
     def wake(self) -> None:
         """A connection was taken: that of whoever waits for it is not to wait for this."""
         if self.path is None and not self.off and os.environ.get("DBSCOPE_MONITOR", "").lower() not in OFF:
-            with contextlib.suppress(RuntimeError):  # no thread begins while the interpreter ends
+            try:
                 _start(self._begin)
+            except RuntimeError:  # the system has no thread to give, or the interpreter ends
+                self.arm()
 
     def _begin(self) -> None:
         with self.lock:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError
 from dbscope import fork
 from dbscope.capacity import size_of
 from dbscope.engines import told_pid
-from dbscope.lifecycle import Lifecycle, State
+from dbscope.lifecycle import Lifecycle, State, taken_by
 from dbscope.where import Place, name_of, spell
 
 __all__ = ["Holding", "PoolState", "holdings", "of_life", "pools", "without_secrets"]
@@ -167,7 +167,7 @@ def of_life(database: str, life: Lifecycle, now: float) -> Holding:
 def _backend(life: Lifecycle) -> int | None:
     """The server's process, where the driver knows it without asking."""
     try:
-        taken: Any = life.connection
-        return None if taken is None else told_pid(taken.connection.driver_connection)
+        taken = taken_by(life.connection)
+        return None if taken is None else told_pid(taken.driver_connection)
     except Exception:  # it was given back, or lost, in between
         return None
