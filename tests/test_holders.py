@@ -49,7 +49,7 @@ async def test_failures_31_an_idle_transaction_of_this_process_is_named(server_k
             rf"backend {pid} \(postgres\), idle in transaction for \d\.\d s, in a transaction of \d\.\d s", note
         )
         assert "its last statement: 'SELECT amount FROM payments'" in note
-        assert "in this process: scope 'GET /orders' (opened at " in note
+        assert "in this process: scope 'GET /orders' (opened at tests/" in note
         assert f"taken at tests/{marked('taken')}, " in note
         assert "which waits itself: that could never end" in note
         assert note.count("backend") == 2  # once, and in the advice
