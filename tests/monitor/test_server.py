@@ -10,16 +10,18 @@ import socket
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from dbscope import ConfigurationError, Database, lifecycle, monitor, scope
 from dbscope.monitor import client, server
-from dbscope.monitor.snapshot import without_secrets
+from dbscope.monitor.snapshot import Holding, PoolState, without_secrets
 from tests.support import needs
 from tests.support.kits import LIMIT, SyncKit
 from tests.support.monitored import process, short_folder
@@ -203,6 +205,54 @@ def test_what_cannot_be_told_is_logged_and_said(
     assert "holdings" in say(path, b'{"ask": "holdings"}\n')
 
 
+def test_a_name_that_is_no_text_is_told_as_one(path: Path, sync_kit: SyncKit) -> None:
+    """Names may be set, and nothing looks at them then."""
+    with scope() as work:
+        sync_kit.session().scalar(text("SELECT 1"))
+        work.name = cast("Any", uuid.UUID(int=7))
+        answer = client.ask(path)
+    assert answer is not None
+    assert [held.scope for held in answer.holdings] == [str(uuid.UUID(int=7))]
+
+
+HELD = dict.fromkeys(each.name for each in fields(Holding)) | {
+    "database": "books",
+    "worker": "thread 'MainThread'",
+    "state": "idle",
+    "taken": "shop.py:1",
+    "age": 1.0,
+    "process": 7,
+}
+POOL = dict.fromkeys(each.name for each in fields(PoolState)) | {
+    "database": "books",
+    "dialect": "sqlite",
+    "unnamed": 0,
+    "process": 7,
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"process": float("inf")},
+        {"holdings": [HELD | {"age": "long"}]},
+        {"holdings": [HELD | {"age": float("nan")}]},
+        {"holdings": [HELD | {"scope": ["a list"]}]},
+        {"pools": [POOL | {"database": None}]},
+        {"pools": [POOL | {"out": "2"}]},
+        {"pools": [7]},
+    ],
+    ids=str,
+)
+def test_an_answer_that_makes_no_sense_is_told_as_one(wrong: dict[str, Any]) -> None:
+    """The view of all other processes goes on."""
+    good = {"version": 1, "process": 7, "program": "p", "since": 0.0, "pools": [POOL], "holdings": [HELD]}
+    assert client._understood(7, json.dumps(good).encode()).problem is None
+    said = client._understood(7, json.dumps(good | wrong).encode())
+    assert said.problem is not None
+    assert "makes no sense" in said.problem
+
+
 def test_no_parameters_and_no_password(folder: Path, tmp_path: Path) -> None:
     """Neither the values of a statement, nor what may be a secret in a URL that names a database."""
     path = monitor.serve()
@@ -362,10 +412,12 @@ def test_a_folder_that_cannot_be_is_explained(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigurationError, match="DBSCOPE_MONITOR=/the/folder"):
         monitor.serve(folder / "nowhere" / "at all")
     server._server.chosen = []
-    long = folder / ("x" * 120)
-    long.mkdir()
-    with pytest.raises(ConfigurationError, match="too long"):
-        monitor.serve(long)
+    longest = 107 - len(f"{folder}//dbscope/{os.getpid()}-01234567.sock")
+    for length in (longest + 1, 120):
+        long = folder / ("x" * length)
+        long.mkdir()
+        with pytest.raises(ConfigurationError, match="too long"):
+            monitor.serve(long)
     server._server.chosen = []
 
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from dbscope.monitor.server import VERSION, is_ours, nobody_listens, sockets, uid_of_peer
 from dbscope.monitor.snapshot import Holding, PoolState
@@ -113,9 +114,22 @@ def _understood(process: int, said: bytes) -> Answer:
             pools=tuple(_as(PoolState, each) for each in told["pools"]),
             holdings=tuple(_as(Holding, each) for each in told["holdings"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return Answer(process, "", 0.0, problem="its answer makes no sense to this version of dbscope")
 
 
 def _as(kind: type[T], told: dict[str, Any]) -> T:
+    """One of these, if each value is what its name says.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, wanted in get_type_hints(kind).items():
+        value = told[name]
+        if get_origin(wanted) is Literal:
+            wanted = str  # or one that a newer dbscope knows
+        elif wanted is float:
+            wanted = int | float
+        if not isinstance(value, wanted) or (isinstance(value, float) and not isfinite(value)):
+            raise TypeError(f"{name} is {value!r}")
     return kind(**{each.name: told[each.name] for each in fields(kind)})  # type: ignore[arg-type]

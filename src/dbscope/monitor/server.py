@@ -210,7 +210,8 @@ def _bind(folder: Path) -> tuple[socket.socket, Path]:
         raise PermissionError(errno.EPERM, "it is another user's, or others may enter it (chmod 700)")
     remove_stale(folder)
     name = f"{os.getpid()}-{secrets.token_hex(4)}"
-    hidden, path = folder / f".{name}", folder / f"{name}{SUFFIX}"
+    # As long as each other: a path has some hundred bytes at most, and to be renamed to is not refused.
+    hidden, path = folder / f".{name}{SUFFIX[1:]}", folder / f"{name}{SUFFIX}"
     listening = socket.socket(socket.AF_UNIX)
     try:
         listening.bind(str(hidden))
@@ -262,20 +263,24 @@ def uid_of_peer(connected: socket.socket) -> tuple[int, int] | None:
 
 def _answer(asking: socket.socket, since: float) -> None:
     """Answer one request, be it a bad one."""
+    answer = ""
     try:
         peer = uid_of_peer(asking)
         if peer is not None and peer[1] not in (os.geteuid(), 0):
             raise Refused(f"only user {os.geteuid()}, whose process this is, may ask")
         _understand(_line(asking))
-        answer = _told(since)
+        answer = json.dumps(_told(since), default=str)  # a scope may be named by a UUID
+        problem = None
     except Refused as refusal:
-        answer = {"version": VERSION, "error": str(refusal)}
+        problem = str(refusal)
     except Exception as error:
         log.exception("what this process holds could not be told")
-        answer = {"version": VERSION, "error": f"{type(error).__name__} in process {os.getpid()}: see its log"}
+        problem = f"{type(error).__name__} in process {os.getpid()}: see its log"
+    if problem is not None:
+        answer = json.dumps({"version": VERSION, "error": problem})
     asking.settimeout(PATIENCE)
-    asking.sendall(json.dumps(answer).encode() + b"\n")
-    if "error" in answer:
+    asking.sendall(answer.encode() + b"\n")
+    if problem is not None:
         _drain(asking)
 
 
