@@ -19,6 +19,8 @@ from dbscope import ConfigurationError, Database, Retry, guards, scope
 from dbscope.events import PoolExhausted, ScopeEnded, ScopeOpened, StatementEnded
 from tests.support import needs
 from tests.support.kits import LIMIT, Kit, twice
+from tests.support.web import wait_for
+from tests.test_fork import fork
 
 prometheus_client: Any = needs.module("prometheus_client", extra="prometheus")
 
@@ -166,6 +168,46 @@ def test_a_scope_that_was_open_before_is_not_counted(registry):
     assert value(registry, "scopes_open") == 0
     assert value(registry, "scope_seconds_count") == 0
     made.stop()
+
+
+def test_what_the_garbage_collector_finds_is_counted_in_another_thread(registry, metrics, sync_kit, monkeypatch):
+    """It may run in the middle of a metric: the thread, which has its lock, would wait for itself."""
+    threads = []
+    real = metrics.findings.labels
+
+    def labels(guard):
+        threads.append(threading.get_ident())
+        return real(guard)
+
+    monkeypatch.setattr(metrics.findings, "labels", labels)
+    sync_kit.db.new_session().scalar(text("SELECT 1"))
+    gc.collect()
+    wait_for(lambda: value(registry, "findings_total", guard="session_dropped") == 1)
+    assert threading.get_ident() not in threads
+
+
+def test_a_child_of_a_fork_counts_its_own_scopes_and_has_a_lock_of_its_own(registry, metrics):
+    """Another thread of the parent's may have the lock, which is not in the child to give it back."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with metrics._lock:
+            held.set()
+            done.wait(LIMIT)
+
+    def child():
+        if not metrics._lock.acquire(blocking=False):
+            return "locked"
+        with scope():
+            return value(registry, "scopes_open")
+
+    with scope(), ThreadPoolExecutor(1) as thread:
+        thread.submit(hold)
+        assert held.wait(LIMIT)
+        try:
+            assert fork(child) == 1
+        finally:
+            done.set()
 
 
 def test_stop_ends_it(registry):

@@ -18,6 +18,7 @@ from dbscope import ConfigurationError, Database, Retry, scope
 from dbscope.events import ScopeEnded, StatementEnded
 from tests.support import needs
 from tests.support.kits import LIMIT, Kit, twice
+from tests.support.web import wait_for
 
 structlog: Any = needs.module("structlog", extra="structlog")
 
@@ -31,6 +32,26 @@ def logged() -> Iterator[list[Any]]:
         logs = Logs(statements=True)
         yield events
         logs.stop()
+
+
+def test_what_the_garbage_collector_finds_is_logged_in_another_thread(sync_kit):
+    """It may run in the middle of a line: the thread, which has the lock of its file, would wait for itself."""
+    threads = []
+
+    class Logger:
+        def info(self, event, **fields): ...
+
+        debug = info
+
+        def warning(self, event, **fields):
+            threads.append(threading.get_ident())
+
+    logs = Logs(Logger())
+    sync_kit.db.new_session().scalar(text("SELECT 1"))
+    gc.collect()
+    wait_for(lambda: bool(threads))
+    logs.stop()
+    assert threading.get_ident() not in threads
 
 
 @twice

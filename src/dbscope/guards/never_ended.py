@@ -35,6 +35,7 @@ class SessionWasDropped(Guard):
             "Close it: `with Session() as session:`; or open a scope around the work, which closes its sessions.",
             database=fact.database,
             place=fact.taken,
+            collected=True,
         )
 
 
@@ -74,6 +75,7 @@ class ScopeNeverEnded(Guard):
                 "collector found it; what was not committed is lost",
                 fact.opened,
                 fact.database,
+                collected=True,
             )
 
     def at_exit(self) -> None:
@@ -84,12 +86,13 @@ class ScopeNeverEnded(Guard):
                 f"{home.describe()}, opened {ago(home.since)}, was still open when the process ended", home.place
             )
 
-    def _found(self, what: str, place: Place | None, database: object = None) -> None:
+    def _found(self, what: str, place: Place | None, database: object = None, *, collected: bool = False) -> None:
         self.found(
             f"{what}.\nEnd each scope: `with scope(): ...` does, whatever happens in it; `end_scope(id)` belongs into "
             "`finally`.",
             database=database,
             place=place,
+            collected=collected,
         )
 
 

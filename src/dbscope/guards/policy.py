@@ -26,11 +26,14 @@ class Found(Fact):
         guard: its name.
         message: what it found, where, and what to do.
         database: the one that it is about, if it is about one.
+        collected: whether the garbage collector has found it: it does so in the middle of anything, in a thread that
+            may have any lock, and an observer that waits for one may wait for ever.
     """
 
     guard: str
     message: str
     database: Any = None
+    collected: bool = False
 
 
 class Guard:
@@ -62,13 +65,14 @@ class Guard:
             self._stop()
             self._stop = None
 
-    def found(self, message: str, *, database: Any = None, place: Place | None = None) -> None:
+    def found(self, message: str, *, database: Any = None, place: Place | None = None, collected: bool = False) -> None:
         """Do what the level says.
 
         Args:
             message: what was found, where, and what to do.
             database: the one that it is about: its level counts.
             place: the line that a warning is shown at.
+            collected: whether the garbage collector has found it.
 
         Raises:
             GuardError: the level is `"raise"`.
@@ -77,7 +81,7 @@ class Guard:
         if level == "off":
             return
         if Found.observers:
-            emit(Found(guard=self.name, message=message, database=database))
+            emit(Found(guard=self.name, message=message, database=database, collected=collected))
         if level == "raise":
             raise GuardError(f'{message}\n(The guard {self.name!r} is set to "raise".)')
         if level == "log":

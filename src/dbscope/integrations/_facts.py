@@ -1,12 +1,15 @@
 """What metrics and logs have in common: how a fact's work and database are called."""
 
+import contextlib
+from _thread import start_new_thread
+from collections.abc import Callable
 from typing import Any
 
 from dbscope import fork
 from dbscope.scope import Colour, Scope
 from dbscope.where import spell
 
-__all__ = ["database_of", "is_work", "named"]
+__all__ = ["database_of", "elsewhere", "is_work", "named"]
 
 
 def is_work(scope: Scope) -> bool:
@@ -22,3 +25,9 @@ def named(scope: Scope | None) -> str | None:
 def database_of(engine: Any) -> Any:
     """The database whose pool an engine takes its connections from, if there is one."""
     return next((known for known in list(fork.databases) if engine.pool in known._pools()), None)
+
+
+def elsewhere(call: Callable[[], object]) -> None:
+    """Call a function in a thread that has no lock; not by `threading`, whose own one this thread may have."""
+    with contextlib.suppress(RuntimeError):  # there is none to be had, or the interpreter ends
+        start_new_thread(call, ())

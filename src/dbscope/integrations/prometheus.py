@@ -4,9 +4,11 @@ No label has a value that users make up as they go: a database's name, an outcom
 may have ids in them, are in none.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from dbscope.errors import ConfigurationError
 from dbscope.events import (
@@ -20,7 +22,7 @@ from dbscope.events import (
     observe,
 )
 from dbscope.guards import Found
-from dbscope.integrations._facts import database_of
+from dbscope.integrations._facts import database_of, elsewhere
 from dbscope.retry import AttemptFailed
 
 try:
@@ -71,6 +73,7 @@ class Metrics:
         self._open: set[int] = set()  # scopes by id, taken out when they end
         self._pools: dict[str, tuple[int, int, int]] = {}  # what was found last, by the database's name
         self._lock = threading.RLock()  # what the garbage collector ends is told in the middle of anything
+        _all.add(self)
         try:
             self._make(tuple(buckets), statements)
         except ValueError as error:
@@ -98,6 +101,11 @@ class Metrics:
         for stop in self._stops:
             stop()
         self._unregister()
+
+    def after_fork(self) -> None:
+        """In the child: another thread of the parent's may have had the lock; the scopes that are open are its."""
+        self._lock = threading.RLock()
+        self._open.clear()
 
     # -- the metrics -------------------------------------------------------------------------------------------------
 
@@ -168,7 +176,10 @@ class Metrics:
         self.exhausted.labels(label(database_of(fact.engine))).inc()
 
     def _found(self, fact: Found) -> None:
-        self.findings.labels(fact.guard).inc()
+        if fact.collected:  # this thread may be in the middle of a metric, and has its lock
+            elsewhere(lambda: self.findings.labels(fact.guard).inc())
+        else:
+            self.findings.labels(fact.guard).inc()
 
     def _attempt_failed(self, fact: AttemptFailed) -> None:
         self.attempts_failed.labels(fact.conflict.value).inc()
@@ -194,6 +205,18 @@ class Metrics:
             for gauge, now, then in zip((self.checked_out, self.pool_size, self.overflow), found, before, strict=True):
                 if now != then:
                     gauge.labels(name).set(now)
+
+
+_all: "WeakSet[Metrics]" = WeakSet()
+
+
+def _in_child() -> None:
+    for metrics in _all:
+        metrics.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def label(database: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from dbscope.errors import ConfigurationError
 from dbscope.events import PoolExhausted, ScopeEnded, StatementEnded, TransactionEnded, observe
 from dbscope.guards import Found
-from dbscope.integrations._facts import database_of, is_work, named
+from dbscope.integrations._facts import database_of, elsewhere, is_work, named
 from dbscope.retry import AttemptFailed
 from dbscope.scope import current_scope
 from dbscope.where import spell
@@ -90,6 +90,12 @@ class Logs:
         self._log.error("pool exhausted", scope=named(current_scope()), database=name)
 
     def _found(self, fact: Found) -> None:
+        if fact.collected:  # this thread may be in the middle of a line, and has the lock of its file
+            elsewhere(lambda: self._tell_found(fact))
+        else:
+            self._tell_found(fact)
+
+    def _tell_found(self, fact: Found) -> None:
         name = None if fact.database is None else fact.database.name
         self._log.warning("guard found something", guard=fact.guard, database=name, found=fact.message)
 
