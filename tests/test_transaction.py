@@ -615,7 +615,7 @@ ENDS: dict[str, Callable[[Kit, Any], Any]] = {
 @pytest.mark.parametrize("end", ENDS)
 @twice
 async def test_transactions_2_only_the_owner_ends_it(kit: Kit, end: str) -> None:
-    """Whatever would end the transaction from inside is refused before it happens, naming the owner."""
+    """FAILURES 19: what would end the transaction from inside is refused before it happens, naming the owner."""
     with pytest.raises(NotTheOwnerError) as caught:
         async with kit.transaction() as session:
             session.add(Payment(amount=1))

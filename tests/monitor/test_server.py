@@ -26,6 +26,7 @@ from tests.support import needs
 from tests.support.kits import LIMIT, SyncKit
 from tests.support.monitored import process, short_folder
 from tests.support.web import wait_for
+from tests.test_fork import fork
 
 HOLDER = """
 import os, sys
@@ -357,6 +358,23 @@ with scope("in the parent"):
     os.close(up)
     os.waitpid(child, 0)
 """
+
+
+def test_a_child_of_a_fork_has_no_socket_that_its_parent_is_about_to_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would seem to live as long as the child does, and nobody would answer."""
+    rename, closed = Path.rename, []
+
+    def fork_and_rename(path: Path, to: Path) -> Path:
+        listening = server._server._listening
+        closed.append(listening is not None and fork(lambda: listening.fileno() == -1))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fork_and_rename)
+    monitor.serve()
+    monitor.stop()
+    assert closed == [True]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

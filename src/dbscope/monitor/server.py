@@ -145,9 +145,11 @@ class _Server:
             raise ConfigurationError("dbscope.monitor needs Unix sockets, which this system, or its Python, has not.")
         failures = []
         for folder in self.chosen or folders():
+            self._listening = socket.socket(socket.AF_UNIX)  # known before it listens, and so to a child of a fork
             try:
-                self._listening, self.path = _bind(folder)
+                self.path = _bind(self._listening, folder)
             except OSError as error:
+                self._listening = None
                 failures.append(f"{folder}: {error.strerror or error}")
                 continue
             self._pid = os.getpid()
@@ -201,19 +203,15 @@ def _start(target: Callable[[], None]) -> None:
         threading.Thread(target=target, name="dbscope-monitor", daemon=True).start()
 
 
-def _bind(folder: Path) -> tuple[socket.socket, Path]:
-    """A socket in the folder, which listens, by a name that nobody else has."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-        folder.chmod(0o700)  # whatever the folder around it hands down
-    if not is_ours(folder):
-        raise PermissionError(errno.EPERM, "it is another user's, or others may enter it (chmod 700)")
-    remove_stale(folder)
-    name = f"{os.getpid()}-{secrets.token_hex(4)}"
-    # As long as each other: a path has some hundred bytes at most, and to be renamed to is not refused.
-    hidden, path = folder / f".{name}{SUFFIX[1:]}", folder / f"{name}{SUFFIX}"
-    listening = socket.socket(socket.AF_UNIX)
+def _bind(listening: socket.socket, folder: Path) -> Path:
+    """Have a socket listen in the folder, by a name that nobody else has; it is closed if that fails."""
+    hidden: Path | None = None
     try:
+        _make_ours(folder)
+        remove_stale(folder)
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        # As long as each other: a path has some hundred bytes at most, and to be renamed to is not refused.
+        hidden, path = folder / f".{name}{SUFFIX[1:]}", folder / f"{name}{SUFFIX}"
         listening.bind(str(hidden))
         hidden.chmod(0o600)
         listening.listen(16)
@@ -221,9 +219,23 @@ def _bind(folder: Path) -> tuple[socket.socket, Path]:
     except BaseException:
         listening.close()
         with contextlib.suppress(OSError):
-            hidden.unlink()
+            if hidden is not None:
+                hidden.unlink()
         raise
-    return listening, path
+    return path
+
+
+def _make_ours(folder: Path) -> None:
+    """Make the folder, if there is none, so that nobody else may enter it.
+
+    Raises:
+        OSError: it cannot be made, or is not so.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o700)  # whatever the folder around it hands down
+    if not is_ours(folder):
+        raise PermissionError(errno.EPERM, "it is another user's, or others may enter it (chmod 700)")
 
 
 def remove_stale(folder: Path) -> None:
