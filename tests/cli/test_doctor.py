@@ -190,7 +190,10 @@ def test_an_applications_own_database_is_checked_as_it_is(tmp_path, monkeypatch,
         "from types import SimpleNamespace\nfrom dbscope import Database\nfrom sqlalchemy import create_engine\n"
         "db = Database('sqlite:///shop.db')\nplain = create_engine('sqlite:///plain.db')\n"
         "app = SimpleNamespace(db=db)\nnothing = 3\n"
+        "class Proxy:\n    def __getattr__(self, name): raise RuntimeError('outside of the application')\n"
+        "proxy = Proxy()\n"
     )
+    (tmp_path / "doctored_program.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("db", "app.db"):
@@ -200,6 +203,8 @@ def test_an_applications_own_database_is_checked_as_it_is(tmp_path, monkeypatch,
     for given, complaint in (
         ("doctored_shop:nothing", "is no Database, AsyncDatabase or engine, but int"),
         ("doctored_shop:none", "has no attribute 'none'"),
+        ("doctored_shop:proxy", "outside of the application"),
+        ("doctored_program:db", "SystemExit"),
         ("no_shop_here:db", "No module named 'no_shop_here'"),
     ):
         assert main(["doctor", given]) == 2

@@ -203,9 +203,9 @@ def of_application(given: str) -> Target:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as error:
+        engine = found._sync_engine if isinstance(found, BaseDatabase) else getattr(found, "sync_engine", found)
+    except (Exception, SystemExit) as error:  # a program that runs when it is imported ends itself
         raise CannotCheck(f"{given} cannot be had: {type(error).__name__}: {one_line(error)}") from error
-    engine = found._sync_engine if isinstance(found, BaseDatabase) else getattr(found, "sync_engine", found)
     if not isinstance(engine, Engine):
         raise CannotCheck(f"{given} is no Database, AsyncDatabase or engine, but {type(found).__name__}")
     each = size_of(engine.pool)
