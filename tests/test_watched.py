@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +15,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 import dbscope
-from dbscope import ConfigurationError, GuardError, fork, guards
+from dbscope import ConfigurationError, GuardError, fork, guards, watched
 from dbscope.events import observe
 from dbscope.guards import Found, budgets, policy
 from dbscope.monitor import holdings
 from tests.support.kits import Base, Kit, SyncKit, twice
+from tests.test_fork import fork as fork_for
 
 HERE = __file__.rpartition("/")[2]
 
@@ -260,6 +262,13 @@ def test_who_looks_at_a_lost_connection_leaves_it_alone(sync_kit: SyncKit) -> No
         connection.rollback()
         assert [held.scope for held in holdings()] == ["unlucky"]
         assert connection.invalidated
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_of_a_fork_may_watch_whatever_its_parent_was_doing() -> None:
+    """Another thread of the parent's may have the lock, which is not in the child to give it back."""
+    with watched._installing:
+        assert fork_for(lambda: watched._installing.acquire(blocking=False))
 
 
 def test_whoever_listens_to_statements_is_told_of_each(sync_kit: SyncKit) -> None:

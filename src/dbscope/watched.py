@@ -4,6 +4,7 @@ The pool tells what is taken and given back, the dialect what is executed: of SQ
 Nothing here may keep a connection alive that its user has dropped, and so a hold has weak references to it.
 """
 
+import os
 import sys
 import threading
 import time
@@ -31,6 +32,15 @@ _monotonic = time.monotonic
 _getframe = sys._getframe
 _on_loop, _dropped, _made = SyncOnLoop.observers, SessionDropped.observers, EngineMade.observers
 _installing = threading.Lock()
+
+
+def _free_lock() -> None:
+    global _installing
+    _installing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_lock)  # the thread that held it may be the parent's alone
 
 
 class _Taken:

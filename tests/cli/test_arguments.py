@@ -36,6 +36,7 @@ def test_bad_usage_is_explained(given, complaint, capsys):
     ("url", "complaint"),
     [
         ("payments:secret", "this is not a database URL"),
+        ("sqlite://h:secret/x", "this is not a database URL"),
         ("sqlite://", "name a file"),
         ("sqlite:////nowhere/bank.db", "unable to open database file"),
         ("oracle://user:secret@localhost/x", "the demo knows sqlite, postgresql+psycopg and postgresql+asyncpg"),
