@@ -21,6 +21,7 @@ from dbscope.closings import Expiry
 from dbscope.errors import (
     ConfigurationError,
     DBScopeError,
+    GuardError,
     NotTheOwnerError,
     OverlapError,
     ReadOnlyError,
@@ -549,6 +550,8 @@ class Lifecycle:
         if self.released:
             return  # what follows is for the next transaction, and there will be none
         self.wrote = False
+        if self.undone is not None and isinstance(self.undone, GuardError):
+            self.undone = None  # it was about this transaction, and the next one is innocent
         if self.owner is not None and not self.acting:
             self.doom = Doom(ROLLED_BACK, here(), None)
         self.backend = self.sent = self.failed = None

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -120,6 +121,47 @@ async def test_raise_refuses_the_next_statement(kit: Kit, alone: None) -> None:
     async with kit.transaction() as session:
         await kit.done(session.execute(text("INSERT INTO payments (amount) VALUES (2)")))
     assert kit.amounts() == [2]
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close", "reset"])
+@twice
+async def test_raise_refuses_no_later_transaction(kit: Kit, alone: None, end: str) -> None:
+    """What was found about one that has ended by itself is no matter of the session's next one."""
+    guards.configure(idle_in_transaction="raise")
+    async with kit.scope():
+        session = kit.session()
+        await kit.done(session.scalar(text("SELECT 1")))
+        look(0)
+        look(6)
+        await kit.done(getattr(session, end)())
+        assert await kit.done(session.scalar(text("SELECT 2"))) == 2
+
+
+@twice
+async def test_raise_refuses_none_that_begins_while_it_is_found(
+    kit: Kit, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread looks at one that ends at this moment."""
+    guards.configure(idle_in_transaction="raise", long_transaction="off")
+    async with kit.scope():
+        session = kit.session()
+        sync = getattr(session, "sync_session", session)
+        await kit.done(session.scalar(text("SELECT 1")))
+        look(0)
+        found = budgets.Guard.found
+
+        def too_late(guard: budgets.Guard, message: str, **about: Any) -> None:
+            sync._dbscope.connection, kept[:] = None, [sync._dbscope.connection]
+            found(guard, message, **about)
+
+        kept: list[Any] = []
+        with monkeypatch.context() as ending:
+            ending.setattr(budgets.IdleInTransaction, "found", too_late)
+            look(6)
+        (sync._dbscope.connection,) = kept
+        await kit.done(session.execute(text("INSERT INTO payments (amount) VALUES (1)")))
+        await kit.done(session.commit())
+    assert kit.amounts() == [1]
 
 
 def test_the_thread_looks_while_something_is_open_and_sleeps_otherwise(sync_kit: SyncKit, found: list[Found]) -> None:

@@ -212,6 +212,8 @@ class _Watcher:
                 guard.found(message, database=database, place=life.taken)
             except GuardError as error:
                 life.undone = error.with_traceback(None)  # the transaction's next statement raises it
+                if life.connection is None or life.since != seen.since:
+                    life.undone = None  # it has ended meanwhile, and the next one is innocent
 
     def after_fork(self) -> None:
         """In the child: the thread is the parent's."""
