@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool, StaticPool
@@ -14,7 +15,7 @@ import dbscope
 from dbscope import Database
 from dbscope.testing import CapturedHook, LeftOpenError, capture_on_commit, sandbox
 from tests.support import needs
-from tests.support.kits import Account, Base, Kit, Payment, make_kit, twice
+from tests.support.kits import LIMIT, Account, Base, Kit, Payment, make_kit, twice
 
 BACKENDS = [
     *(
@@ -515,6 +516,46 @@ async def test_two_that_write_side_by_side_are_refused_by_name(kit):
 
 
 @twice
+async def test_an_older_writer_that_goes_on_is_refused_where_it_writes(kit):
+    """Where the younger of two that have written is in the middle, the older one's next write is the line refused."""
+    await ready(kit)
+    async with kit.block(sandbox(kit.db)):
+        older, younger = kit.db.new_session(), kit.db.new_session()
+        for session in (older, younger):
+            await kit.done(session.execute(insert(Payment).values(amount=1)))
+        with pytest.raises(dbscope.OverlapError, match="in the middle of a transaction that has written"):
+            await kit.done(older.execute(insert(Payment).values(amount=2)))
+        for session in (younger, older):
+            await kit.done(session.close())
+        assert await amounts(kit) == []
+
+
+def test_two_threads_at_the_same_moment_are_refused_by_name(sync_kit):
+    """The one connection serves one thread at a time, whosever session it is: the second is told who uses it."""
+    reading, told = threading.Event(), threading.Event()
+    with sandbox(sync_kit.db, name="test a"):
+        one, other = sync_kit.db.new_session(), sync_kit.db.new_session()
+
+        @event.listens_for(one, "do_orm_execute")
+        def wait(_):
+            reading.set()
+            assert told.wait(LIMIT)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="first") as threads:
+            first = threads.submit(one.scalars, select(Payment))
+            assert reading.wait(LIMIT)
+            try:
+                with pytest.raises(dbscope.OverlapError, match=r"first_0' is using the one connection of .* of test a"):
+                    other.scalars(select(Payment))
+            finally:
+                told.set()
+            assert first.result().all() == []
+        one.close()
+        assert other.scalars(select(Payment)).all() == []
+        other.close()
+
+
+@twice
 async def test_one_may_write_inside_of_another(kit):
     """A session that writes and commits while another has written is through, and that one goes on and commits."""
     await ready(kit)
@@ -765,6 +806,17 @@ async def test_scopes_that_were_there_before_are_not_the_tests(kit):
             assert kit.session() is not before
             await kit.done(kit.session().scalars(select(Payment)))
         assert kit.session() is before
+
+
+@twice
+async def test_what_a_scope_from_before_did_not_commit_is_reported(kit, tmp_path):
+    """A scope around the sandbox that wrote in it, and did not commit, hears of it at the sandbox's end."""
+    db = kit.file(tmp_path / "other.db", uncommitted="raise")
+    async with kit.scope("a fixture"):
+        with pytest.raises(dbscope.UncommittedWritesError, match="scope 'a fixture'"):
+            async with kit.block(sandbox(db)):
+                kit.session(db).add(Payment(amount=1))
+                await kit.done(kit.session(db).flush())
 
 
 @twice
