@@ -555,6 +555,19 @@ def test_two_threads_at_the_same_moment_are_refused_by_name(sync_kit):
         other.close()
 
 
+def test_what_is_done_with_the_connection_itself_counts_as_a_write(sync_kit):
+    """Who asked for `session.connection()` may have written where nobody sees it: its rollback undoes that."""
+    with sandbox(sync_kit.db):
+        session, other = sync_kit.db.new_session(), sync_kit.db.new_session()
+        session.connection().connection.cursor().execute("INSERT INTO payments (amount) VALUES (1)")
+        other.add(Payment(amount=2))
+        other.commit()
+        session.rollback()
+        assert 1 not in session.scalars(select(Payment.amount)).all()
+        for each in (other, session):
+            each.close()
+
+
 @twice
 async def test_one_may_write_inside_of_another(kit):
     """A session that writes and commits while another has written is through, and that one goes on and commits."""

@@ -431,9 +431,9 @@ class _Shared:
         try:
             if use not in _CLEAN_UP:
                 self._refuse(session)
-            if use == "connection":
-                self._wrote(session)  # what is done with it cannot be seen
             yield
+            if use == "connection":  # it has a savepoint now, if it had none
+                self._wrote(session)  # what is done with it cannot be seen
         except DBAPIError:
             if self._own(session):
                 self._own(session)[-1].dirty = True  # PostgreSQL refuses everything until this is rolled back
