@@ -122,6 +122,7 @@ async def test_scopes_6_the_callers_own_connection_counts(kit):
         await kit.done(kit.session().scalar(text("SELECT 1")))
         await fanning(kit, part, range(4))
         assert kit.checked_out() == 1
+        assert (db.slots.used, db.slots.reserved, db.slots.stuck) == (0, 0, 0)  # it waits no more
     assert max(most) == 1
 
 
