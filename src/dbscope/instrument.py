@@ -190,7 +190,7 @@ def before_statement(cursor: Any, statement: str, parameters: Any, context: Any,
         what = known_kinds.get(statement) or kind(statement)
         life.sent = statement
         life.statements += 1
-        if what is not _READ or life.doom is not None:
+        if what is not _READ or life.doom is not None or life.undone is not None:
             life.statement(connection._dbscope, what, statement)
         if life.beside and life.watch is None and life.turn.locked():  # in a call of the session's, which ends it
             life.watch_locks(connection)
@@ -214,7 +214,7 @@ def before_sqlite_statement(
     if life is not None:
         life.sent = statement
         life.statements += 1
-    if what is _READ and life is not None and life.owner is None:  # most are, and no call more
+    if what is _READ and life is not None and life.owner is None and life.undone is None:  # most are, and no call more
         if not driver.in_transaction and driver.isolation_level is not None:
             life.read_first = True
             cursor.execute("BEGIN")
@@ -231,7 +231,7 @@ def _begin_sqlite(
     """What comes before a statement that writes, or that is of a managed transaction, or of no session."""
     immediate = False
     if life is not None:
-        if what is not _READ or life.doom is not None:
+        if what is not _READ or life.doom is not None or life.undone is not None:
             alone = what is Kind.WRITE and sqlite.alone(statement)
             life.statement(connection._dbscope, what, statement, alone=alone)
         owner = life.owner

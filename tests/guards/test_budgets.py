@@ -108,15 +108,18 @@ async def test_statement_36_a_scope_that_took_too_long_is_told_at_its_end(kit: K
 
 
 @twice
-async def test_raise_refuses_the_next_statement(kit: Kit, alone: None) -> None:
-    """The watcher is no part of the work, and cannot raise in it; the transaction cannot go on."""
+@pytest.mark.parametrize("following", ["INSERT INTO payments (amount) VALUES (1)", "SELECT 2"])
+@pytest.mark.parametrize("managed", [False, True], ids=["plain", "managed"])
+async def test_raise_refuses_the_next_statement(kit: Kit, alone: None, following: str, managed: bool) -> None:
+    """Be it a read: the watcher is no part of the work, and cannot raise in it; the transaction cannot go on."""
     guards.configure(idle_in_transaction="raise")
     with pytest.raises(GuardError, match="idle in transaction for"):
-        async with kit.transaction() as session:
+        async with kit.transaction() if managed else kit.scope():
+            session = kit.session()
             await kit.done(session.scalar(text("SELECT 1")))
             look(0)
             look(6)
-            await kit.done(session.execute(text("INSERT INTO payments (amount) VALUES (1)")))
+            await kit.done(session.execute(text(following)))
     assert (kit.count(), kit.checked_out()) == (0, 0)
     async with kit.transaction() as session:
         await kit.done(session.execute(text("INSERT INTO payments (amount) VALUES (2)")))

@@ -153,9 +153,7 @@ class _Watcher:
             thread = threading.Thread(target=self._run, name="dbscope-guards", daemon=True)
             try:
                 thread.start()
-            except (
-                RuntimeError
-            ):  # the system has none to give, or the interpreter ends: no matter of whose work this is
+            except RuntimeError:  # the system has none to give, or the interpreter ends: no matter of the user's work
                 self._arm()
             else:
                 self._thread = thread
