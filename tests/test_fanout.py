@@ -126,6 +126,22 @@ async def test_scopes_6_the_callers_own_connection_counts(kit):
     assert max(most) == 1
 
 
+async def test_scopes_6_several_fan_outs_of_one_caller_count_its_connection_once(async_kit):
+    """Side by side, on a pool of two, of which the caller holds one: none is refused, and all run."""
+    kit = async_kit
+    db = small(kit, 2)
+
+    async def part(item):
+        await kit.session().scalar(text("SELECT 1"))
+        return item
+
+    async with kit.scope():
+        await kit.session().scalar(text("SELECT 1"))
+        found = await asyncio.gather(db.fan_out(part, [1, 2]), db.fan_out(part, [3]))
+        assert (db.slots.used, db.slots.reserved, db.slots.stuck, db.slots.callers) == (0, 0, 0, {})
+    assert found == [[1, 2], [3]]
+
+
 @twice
 async def test_scopes_6_other_fan_outs_count(kit):
     """Two fan-outs at the same time share the pool's one connection."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dbscope.errors import ConfigurationError, FanOutError
 from dbscope.hooks import title
 from dbscope.plan import to_completion
-from dbscope.scope import PlacedScope, current_scope
+from dbscope.scope import PlacedScope, Scope, current_scope
 from dbscope.where import here, spell
 
 __all__ = ["Slots", "afan_out", "fan_out"]
@@ -37,6 +37,7 @@ class Slots:
         self.used = 0  # by running parts
         self.reserved = 0  # by callers' own connections
         self.stuck = 0  # of these two, what waits in a fan-out and so cannot be given back before it ends
+        self.callers: dict[Scope | None, _Caller] = {}
         self.waiting: deque[Callable[[], object]] = deque()
 
     def wake(self) -> None:
@@ -48,16 +49,24 @@ class Slots:
             call()
 
 
+class _Caller:
+    """Work that waits in one fan-out, or in several side by side, and so cannot give back what it holds."""
+
+    __slots__ = ("fan_outs", "held", "lent", "reserved")
+
+    def __init__(self, *, lent: bool) -> None:
+        self.fan_outs = 0
+        self.held = 0
+        self.reserved = 0
+        self.lent = lent  # the part's own slot, which it does not need while it waits here
+
+
 class Share:
     """What one fan-out may use of the pool's slots."""
 
     def __init__(self, slots: Slots) -> None:
-        home = current_scope()
-        held, is_part = (0, False) if home is None else home.held(slots.source)
         self.slots = slots
-        self.lent = is_part and held == 0  # the part's own slot, which it does not need while it waits here
-        self.reserved = max(0, held - is_part)
-        self.held = held
+        self.home = current_scope()
         self.place = here()
 
     def __enter__(self) -> "Share":
@@ -66,33 +75,45 @@ class Share:
         Raises:
             FanOutError: this would be the last one, and no slot could ever come free.
         """
-        slots = self.slots
+        slots, home = self.slots, self.home
         with slots.lock:  # looked up and taken in one go: of two callers that come at once one goes on
-            slots.stuck += self.held
+            held, is_part = (0, False) if home is None else home.held(slots.source)
+            caller = slots.callers.get(home) or _Caller(lent=is_part and held == 0)
+            more = max(0, held - caller.held)  # its other fan-outs have counted what it held then
             capacity = slots.source.capacity()
-            if slots.stuck >= capacity:
-                slots.stuck -= self.held
+            if slots.stuck + more >= capacity:
                 raise FanOutError(
                     f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
                     f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
                     "fan-outs hold all of them.\nFan out before the transaction, or after it, or enlarge the pool "
                     "(SQLite in memory has one connection, a file has more)."
                 )
-            slots.reserved += self.reserved
+            caller.held += more
+            slots.stuck += more
+            reserved = max(caller.reserved, caller.held - is_part)
+            slots.reserved += reserved - caller.reserved
+            caller.reserved = reserved
+            slots.callers[home] = caller
+            caller.fan_outs += 1
+        self.caller = caller
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self.slots.lock:
-            self.slots.reserved -= self.reserved
-            self.slots.stuck -= self.held
-        self.slots.wake()
+        slots, caller = self.slots, self.caller
+        with slots.lock:
+            caller.fan_outs -= 1
+            if not caller.fan_outs:
+                del slots.callers[self.home]
+                slots.reserved -= caller.reserved
+                slots.stuck -= caller.held
+        slots.wake()
 
     def take(self, wake: Callable[[], object]) -> Callable[[], None] | None:
         """What gives a slot back when its part is through; or None, and `wake` is called when to try again."""
         slots = self.slots
         with slots.lock:
-            if self.lent:
-                self.lent = False
+            if self.caller.lent:
+                self.caller.lent = False
                 return self._give_lent
             if slots.used + slots.reserved < slots.source.capacity():
                 slots.used += 1
@@ -102,7 +123,7 @@ class Share:
 
     def _give_lent(self) -> None:
         with self.slots.lock:
-            self.lent = True
+            self.caller.lent = True
         self.slots.wake()
 
     def _give(self) -> None:
