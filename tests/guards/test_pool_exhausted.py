@@ -10,6 +10,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from dbscope import guards
 from tests.support.kits import LIMIT, Kit, SyncKit, twice
+from tests.support.lines import marked
 
 
 async def exhausted(kit: Kit) -> PoolTimeout:
@@ -95,3 +96,22 @@ def test_failures_21_a_connection_of_the_engine_itself_is_waited_for_as_well(syn
         thread.start()
         thread.join(LIMIT)
     assert "SELECT 41" in errors[0].__notes__[0]
+
+
+@twice
+@pytest.mark.parametrize("by", ["new_session", "engine"])
+async def test_failures_20_work_that_waits_for_itself_is_told_both_lines(kit: Kit, by: str) -> None:
+    """A second connection for work that holds the pool's one: the line that took it, and the one that asks."""
+    kit.database(pool_size=1, max_overflow=0, pool_timeout=0.05)
+    async with kit.scope("GET /orders"):
+        await kit.done(kit.session().scalar(text("SELECT 41")))  # taken
+        with pytest.raises(PoolTimeout) as caught:
+            if by == "engine":
+                async with kit.block(kit.db.engine.connect()):  # asks by engine
+                    pass
+            async with kit.block(kit.db.new_session()) as session:
+                await kit.done(session.scalar(text("SELECT 42")))  # asks by new_session
+    last = caught.value.__notes__[0].split("\n")[-1]
+    asks = marked(f"asks by {by}") if kit.colour == "async" or by == "new_session" else ""
+    assert last.startswith(f"The one taken at tests/guards/{marked('taken')} was last used by t")
+    assert f"{asks}: it waits for itself" in last

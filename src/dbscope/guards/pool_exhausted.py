@@ -5,7 +5,8 @@ from typing import Any
 from dbscope import fork
 from dbscope.events import Fact, PoolExhausted
 from dbscope.guards.policy import Guard, Level
-from dbscope.monitor.snapshot import holdings
+from dbscope.monitor.snapshot import holdings, lives_in
+from dbscope.where import here, name_of, spell, worker
 
 __all__ = ["PoolHolders"]
 
@@ -38,6 +39,14 @@ def holders_of(pool: Any) -> str:
     others = pool.checkedout() - len(found) if hasattr(pool, "checkedout") else 0
     if others > 0:
         lines.append(f"- {others} taken from the engine itself, by no session of dbscope's")
+    me = worker()
+    mine = next((life.taken for life in lives_in(pool) if life.user == me), None)
+    if mine is not None:
+        lines.append(
+            f"The one taken at {spell(mine)} was last used by {name_of(me)}, which asks for another at "
+            f"{spell(here())}: it waits for itself. Use the session that is there, end its transaction first, or close "
+            "what was forgotten."
+        )
     if not lines:
         return "The pool's connections were given back in the meantime: it is too small for this load, not leaking."
     return "The pool's connections are held by:\n" + "\n".join(lines)

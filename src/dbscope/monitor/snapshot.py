@@ -136,14 +136,22 @@ def holdings(pool: Any = None) -> list[Holding]:
         pool: only what is of this pool.
     """
     now = time.monotonic()
-    found = [
-        of_life(database.name, life, now)
+    return sorted((of_life(name, life, now) for name, life in _lives(pool)), key=lambda holding: -holding.age)
+
+
+def lives_in(pool: Any) -> list[Lifecycle]:
+    """The lives of the sessions that hold a pool's connections."""
+    return [life for _, life in _lives(pool)]
+
+
+def _lives(pool: Any) -> list[tuple[str, Lifecycle]]:
+    return [
+        (database.name, life)
         for database in list(fork.databases)
         for life in [reference() for reference in list(database.holders)]
         if life is not None and (connection := life.connection) is not None
         if pool is None or connection.engine.pool is pool
     ]
-    return sorted(found, key=lambda holding: -holding.age)
 
 
 def of_life(database: str, life: Lifecycle, now: float) -> Holding:
