@@ -80,8 +80,10 @@ class Share:
             held, is_part = (0, False) if home is None else home.held(slots.source)
             caller = slots.callers.get(home) or _Caller(lent=is_part and held == 0)
             more = max(0, held - caller.held)  # its other fan-outs have counted what it held then
-            capacity = slots.source.capacity()
-            if slots.stuck + more >= capacity:
+            slots.stuck += more
+            capacity = slots.source.capacity()  # which may depend on who is stuck, as in a test's sandbox
+            if slots.stuck >= capacity:
+                slots.stuck -= more
                 raise FanOutError(
                     f"a fan-out at {spell(self.place)} could never begin: the pool of {slots.source.name} has "
                     f"{capacity:.0f} connection{'s' if capacity > 1 else ''}, and callers that wait for their own "
@@ -89,7 +91,6 @@ class Share:
                     "(SQLite in memory has one connection, a file has more)."
                 )
             caller.held += more
-            slots.stuck += more
             reserved = max(caller.reserved, caller.held - is_part)
             slots.reserved += reserved - caller.reserved
             caller.reserved = reserved
