@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -152,6 +153,24 @@ def test_a_lock_does_not_end_the_wait_for_jobs():
 
     Service(SimpleNamespace(jobs=SimpleNamespace(waiting=waiting, seen=lambda: 0)))._finish_jobs()
     assert not looks
+
+
+def test_a_lock_does_not_keep_the_audit_from_reading(tmp_path):
+    """Without dbscope somebody may hold the write lock to the end; the books can be read all the same."""
+    from dbscope.cli.demo import unprotected
+    from dbscope.cli.demo.audit import read_books
+    from dbscope.cli.demo.bank import Bank
+    from dbscope.cli.demo.command import both_urls
+    from dbscope.cli.demo.service import Service
+
+    urls = both_urls(f"sqlite:///{tmp_path / 'bank.db'}")
+    service = Service(Bank(unprotected.open_doors(urls)))
+    with service:
+        holder = sqlite3.connect(tmp_path / "bank.db", isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        assert read_books(urls[0]).balances
+        holder.close()
+    service.dispose()
 
 
 def test_a_pipe_gets_plain_lines(env):
