@@ -150,6 +150,7 @@ def test_the_middleware_of_the_other_kind_is_refused(module, app, other):
     """They have one name: which one is meant is told where it is put together, and not by a request's TypeError."""
     with pytest.raises(ConfigurationError, match=rf"application.*\n.*dbscope\.integrations\.{other}\.ScopeMiddleware"):
         module.ScopeMiddleware(app)
+    module.ScopeMiddleware(lambda: None)  # which is neither: its error is the server's, or the framework's
 
 
 # -- who commits -------------------------------------------------------------------------------------------------------

@@ -58,23 +58,30 @@ def twice(app: object) -> ConfigurationError:
     return ConfigurationError(f"{whose} has scopes already. Install one ScopeMiddleware, around the whole application.")
 
 
-def refuse_other(app: Any, kind: str, *taken: str) -> None:
-    """Raise if an application cannot be called as its middleware will: that is the one of the other kind.
+_CALLED = {"WSGI": ("environ", "start_response"), "ASGI": ("scope", "receive", "send")}
 
-    Both are called ScopeMiddleware, and an editor imports whichever it finds first.
+
+def refuse_other(app: Any, kind: str) -> None:
+    """Raise if an application is called as those of the other kind are, for which there is a middleware of its own.
+
+    Both are called ScopeMiddleware, and an editor imports whichever it finds first. What is neither is not judged here.
     """
-    try:
-        calls = inspect.signature(app, follow_wrapped=False)
-    except (TypeError, ValueError):  # something that does not tell
-        return
-    try:
-        calls.bind(*taken)
-    except TypeError:
-        other = "asgi" if kind == "WSGI" else "wsgi"
+    other = "ASGI" if kind == "WSGI" else "WSGI"
+    if _takes(app, _CALLED[other]) and not _takes(app, _CALLED[kind]):
         raise ConfigurationError(
-            f"{app!r} is no {kind} application: it is not called with ({', '.join(taken)}).\n"
-            f"Use dbscope.integrations.{other}.ScopeMiddleware if it is one of {other.upper()}'s."
-        ) from None
+            f"{app!r} is no {kind} application: it is not called with ({', '.join(_CALLED[kind])}).\n"
+            f"Use dbscope.integrations.{other.lower()}.ScopeMiddleware if it is one of {other}'s."
+        )
+
+
+def _takes(app: Any, parameters: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(app, follow_wrapped=False).bind(*parameters)
+    except TypeError:
+        return False
+    except ValueError:  # something that does not tell how it is called
+        pass
+    return True
 
 
 def _failed(status: int) -> bool:

@@ -48,7 +48,7 @@ class ScopeMiddleware:
         try:
             self.policy = Policy(app, commit, veto)
             refuse_twice(app, ScopeMiddleware)
-            refuse_other(app, "ASGI", "scope", "receive", "send")
+            refuse_other(app, "ASGI")
         except ConfigurationError as error:
             if running_loop() is None:
                 raise

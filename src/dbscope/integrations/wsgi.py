@@ -38,7 +38,7 @@ class ScopeMiddleware:
     def __init__(self, app: WSGIApplication, commit: Commit = None, *, veto: Veto | None = None) -> None:
         self.policy = Policy(app, commit, veto)
         refuse_twice(app, ScopeMiddleware)
-        refuse_other(app, "WSGI", "environ", "start_response")
+        refuse_other(app, "WSGI")
         self.app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
