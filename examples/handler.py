@@ -17,7 +17,7 @@ from sqlalchemy import ForeignKey, select
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from dbscope import Database, Loop
+from dbscope import CommitOutcomeUnknown, Database, Loop
 
 log = logging.getLogger("handler")
 
@@ -95,7 +95,7 @@ class Handler:
 
     def pass_failed(self, error: Exception) -> None:
         """The one place for what is nobody's job: say it, and let the next pass start clean."""
-        if isinstance(error, OperationalError | InterfaceError):
+        if isinstance(error, OperationalError | InterfaceError | CommitOutcomeUnknown):
             log.error("the database is away: %s", str(error).splitlines()[0])
         else:
             log.error("pass %d failed", self.loop.passes, exc_info=error)
