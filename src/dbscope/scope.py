@@ -323,7 +323,9 @@ class Scope:
         """
         if not self._sessions and self._state is _OPEN:
             self._end_empty()
-        elif self._state is _OPEN and (veto or not self._end_simply(self._finisher(), None, blocking=True)):
+        elif self._state is _OPEN and (
+            veto or not self._end_simply(None if self.ending else _getframe(1), None, blocking=True)
+        ):
             self.refuse_async("afinish()")
             end(self._conclude(None, veto=veto), None, self.describe)
 
@@ -331,12 +333,10 @@ class Scope:
         """Async version of `finish`."""
         if not self._sessions and self._state is _OPEN:
             self._end_empty()
-        elif self._state is _OPEN and (veto or not self._end_simply(self._finisher(), None, blocking=False)):
+        elif self._state is _OPEN and (
+            veto or not self._end_simply(None if self.ending else _getframe(1), None, blocking=False)
+        ):
             await self._afinish(None, veto=veto)
-
-    def _finisher(self) -> FrameType | None:
-        """Who called `finish` or `afinish`, as errors will say."""
-        return _getframe(2)
 
     def _end_empty(self) -> None:
         self._state = _ENDED

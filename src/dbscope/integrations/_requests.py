@@ -1,9 +1,7 @@
 """What the middlewares share: the scope of a request, its name, and whether it is committed."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any
 
 from dbscope.errors import ConfigurationError
@@ -155,10 +153,6 @@ class RequestScope(PlacedScope):
         veto = self.commit is not None and self._policy.veto(int(status[:3] if isinstance(status, str) else status))
         self._started = True
         return veto
-
-    def _finisher(self) -> FrameType | None:
-        """None where its response has started: no line of the user's did that, and the way to the server is long."""
-        return None if self._started else sys._getframe(2)
 
     def forget_request(self) -> None:
         """Keep the name alone: who keeps an ended scope (a background task) is not to keep the whole request."""
